@@ -1,0 +1,183 @@
+"""What a device model is, in small contracts; a model takes up those that it needs.
+
+- `BusDevice` (in `devices.bus`): answers reads and writes of one range.
+- `Device`: the base of every model: regions, state, sleep/wake, snapshot/restore.
+- `TakesInput`: bytes from the outside world (a typed character) reach it.
+- `PciFunction` (in `devices.pci`): has a configuration space.
+- `DeviceHost`: the other direction, what a model may ask of the machine that holds it.
+
+A model never knows where it is mapped, whether it runs in the machine's process or in a jailed
+child, nor what time it is on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+
+import msgspec
+
+from devices.bus import BusDevice, BusType, Range
+from devices.errors import DeviceError
+
+U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
+U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One stretch of addresses that a model answers for.
+
+    Attributes:
+        name: for people: "registers", "bar0".
+        bus: the address space it lies in.
+        length: its size in bytes.
+        start: where the machine puts it unless its configuration says otherwise; None when only
+            the guest decides (a PCI BAR).
+    """
+
+    name: str
+    bus: BusType
+    length: int
+    start: int | None = None
+
+    def range(self) -> Range | None:
+        return None if self.start is None else Range(self.start, self.length)
+
+
+class DeviceHost(Protocol):
+    """What a model may ask of the machine. In a jailed child each call is one message."""
+
+    @property
+    def fds(self) -> Mapping[str, int]:
+        """Descriptors that the machine opened for this device, by the option that named them."""
+        ...
+
+    def set_irq(self, level: bool, pin: int = 0) -> None:
+        """Drive an interrupt line. `pin` counts from 0 (for PCI: INTA#)."""
+        ...
+
+    def send_msi(self, address: int, data: int) -> None:
+        """Send a message-signalled interrupt: a 32-bit write of `data` to `address`."""
+        ...
+
+    def wrote_pages(self, first: int, count: int) -> None:
+        """Say that `count` guest pages of 4 KiB from page number `first` were written by DMA."""
+        ...
+
+    def output(self, data: bytes) -> None:
+        """Hand bytes to the outside world (the terminal), in order."""
+        ...
+
+    def input_wanted(self) -> None:
+        """Say that input which `TakesInput.receive` did not accept may be offered again."""
+        ...
+
+    def request_exit(self, value: int) -> None:
+        """End the run with this guest exit value. Only devices made for that are obeyed."""
+        ...
+
+    def log(self, message: str) -> None:
+        """One line for the machine's log."""
+        ...
+
+
+@dataclass
+class NoState:
+    """The state of a model that has none."""
+
+
+@dataclass
+class NoOptions:
+    """The options of a model that has none."""
+
+
+class Device:
+    """The base of every device model.
+
+    A model declares two plain dataclasses: `Options` (what a user may set, with defaults) and
+    `State` (all that a snapshot must keep). Files, interrupt lines and the outside world come
+    through `host` and are never state.
+    """
+
+    model: ClassVar[str]
+    """The name on the command line: ``--device MODEL``."""
+    summary: ClassVar[str] = ""
+    """One line for the list of models."""
+    Options: ClassVar[type] = NoOptions
+    State: ClassVar[type] = NoState
+
+    def __init__(self, host: DeviceHost, options: Any = None) -> None:
+        self.host = host
+        self.options: Any = self.Options() if options is None else options
+        self.state: Any = self.State()
+        self.asleep = False
+
+    # What it answers for.
+
+    def regions(self) -> tuple[Region, ...]:
+        """The regions, in an order that never changes in a device's life."""
+        return ()
+
+    def handlers(self) -> Sequence[BusDevice]:
+        """One bus device for each region, in the same order; one region needs no override."""
+        return (self,)
+
+    def read(self, offset: int, size: int) -> int:
+        """Read from the only region."""
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write to the only region."""
+
+    # Its life.
+
+    def on_sandboxed(self) -> None:
+        """Called once, in the jailed child, after the jail is up and before any command."""
+
+    def close(self) -> None:
+        """The device goes away: flush and release what it holds."""
+
+    def sleep(self) -> None:
+        """Stop all activity of its own; idempotent. Only snapshot, restore and wake follow."""
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Go on after `sleep`; idempotent."""
+        self.asleep = False
+
+    # Its state.
+
+    def snapshot(self) -> Any:
+        """The state as plain values: dicts, lists, integers, text; bytes become base64 text."""
+        return msgspec.to_builtins(self.state)
+
+    def restore(self, saved: Any) -> None:
+        """Take up a state that `snapshot` gave.
+
+        Raises:
+            DeviceError: it is not a state of this model; nothing was changed.
+        """
+        try:
+            state: Any = msgspec.convert(saved, self.State)
+        except (msgspec.ValidationError, ValueError, TypeError) as error:
+            raise DeviceError(self.model, f"cannot restore this state: {error}") from error
+        self.state = state
+        self.restored()
+
+    def restored(self) -> None:
+        """After a restore: derive what is not state, and raise the interrupt line as it was."""
+
+
+@runtime_checkable
+class TakesInput(Protocol):
+    """A model that the outside world can send bytes to."""
+
+    def receive(self, data: bytes) -> int:
+        """Take as many leading bytes as there is room for; the number taken.
+
+        If it is less than all, the model calls `DeviceHost.input_wanted` once there is room.
+        """
+        ...

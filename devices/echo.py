@@ -1,0 +1,42 @@
+"""Echo: the smallest complete device, and the one to copy.
+
+Eight bytes of port I/O at 0x510 (or wherever ``addr=`` says). What the guest writes, it reads
+back; the register keeps its value across suspend, snapshot and restore.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from devices.bus import BusType
+from devices.contract import Device, Region
+
+
+@dataclass
+class EchoState:
+    """`data` is the 8-byte register, little-endian as the guest sees it."""
+
+    data: bytes = bytes(8)
+
+    def __post_init__(self) -> None:
+        if len(self.data) != 8:
+            raise ValueError(f"the register has 8 bytes, not {len(self.data)}")
+
+
+class Echo(Device):
+    model: ClassVar[str] = "echo"
+    summary: ClassVar[str] = "one 8-byte register that reads back what was written"
+    State = EchoState
+    state: EchoState
+
+    def regions(self) -> tuple[Region, ...]:
+        return (Region("register", BusType.PIO, 8, start=0x510),)
+
+    def read(self, offset: int, size: int) -> int:
+        return int.from_bytes(self.state.data[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        data = bytearray(self.state.data)
+        data[offset : offset + size] = value.to_bytes(size, "little")
+        self.state.data = bytes(data)

@@ -1,0 +1,1 @@
+"""PCI: configuration space, functions and the host bridge."""

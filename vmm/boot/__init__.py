@@ -1,0 +1,1 @@
+"""Boot loaders: an image and some options in, guest memory filled and an entry state out."""

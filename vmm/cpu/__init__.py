@@ -1,0 +1,1 @@
+"""The vCPU. `vmm.cpu.engine` alone imports Unicorn; everything above speaks of registers."""

@@ -1,0 +1,129 @@
+"""Guest RAM: one memfd, mapped shared, seen as one or two regions of the physical space.
+
+Layout: RAM fills the space from 0 up to at most `LOW_LIMIT` (3 GiB); what is left starts at 4 GiB.
+The gap between holds MMIO, as on a PC.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from devices.errors import UserError
+
+PAGE = 4096
+LOW_LIMIT = 0xC000_0000
+HIGH_START = 1 << 32
+MAX_SIZE = 64 << 30
+
+
+class AddressError(ValueError):
+    """A guest-physical range that is not wholly RAM."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamRegion:
+    """One stretch of RAM.
+
+    Attributes:
+        start: guest-physical address.
+        size: in bytes, a multiple of 4 KiB.
+        offset: where it begins in the memfd.
+        view: the bytes themselves, writable.
+        address: host virtual address of the first byte, for the engine.
+    """
+
+    start: int
+    size: int
+    offset: int
+    view: memoryview
+    address: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+
+class GuestMemory:
+    """The RAM of one machine. Close it only after the engine that maps it is gone.
+
+    Args:
+        size: in bytes; a multiple of 4 KiB, 1 MiB to 64 GiB.
+
+    Raises:
+        UserError: a size that cannot be.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size % PAGE or not 1 << 20 <= size <= MAX_SIZE:
+            raise UserError(
+                f"guest memory of {size} bytes: give a multiple of 4K from 1M to {MAX_SIZE >> 30}G"
+            )
+        self.size = size
+        self.fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size)
+            self._map = mmap.mmap(self.fd, size)
+        except (OSError, OverflowError) as error:
+            os.close(self.fd)
+            raise UserError(f"guest memory of {size} bytes cannot be had: {error}") from error
+        # A fork must not take guest memory along: a device gets it only by keep_fds.
+        self._map.madvise(mmap.MADV_DONTFORK)
+        self.view = memoryview(self._map)
+        self._anchor: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * size).from_buffer(
+            self._map
+        )
+        host = ctypes.addressof(self._anchor)
+        low = min(size, LOW_LIMIT)
+        self.regions = [RamRegion(0, low, 0, self.view[:low], host)]
+        if size > low:
+            self.regions.append(RamRegion(HIGH_START, size - low, low, self.view[low:], host + low))
+
+    def close(self) -> None:
+        """Unmap and release; harmless when repeated."""
+        if self.fd < 0:
+            return
+        for region in self.regions:
+            region.view.release()
+        self.regions = []
+        self._anchor = None
+        self.view.release()
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+    def window(self, address: int, length: int) -> memoryview:
+        """The bytes of a guest-physical range, writable in place.
+
+        Raises:
+            AddressError: some of it is not RAM, or it spans two regions.
+        """
+        for region in self.regions:
+            if region.start <= address and address + length <= region.end and length >= 0:
+                offset = address - region.start
+                return region.view[offset : offset + length]
+        raise AddressError(f"{address:#x}+{length:#x} is outside RAM")
+
+    def read(self, address: int, length: int) -> bytes:
+        return bytes(self.window(address, length))
+
+    def write(self, address: int, data: bytes | memoryview) -> None:
+        self.window(address, len(data))[:] = data
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of the stretches of the memfd that were ever touched."""
+        position = 0
+        while position < self.size:
+            try:
+                begin = os.lseek(self.fd, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            end = os.lseek(self.fd, begin, os.SEEK_HOLE)
+            yield begin, end - begin
+            position = end
