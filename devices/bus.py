@@ -153,7 +153,7 @@ class Bus:
         self._reserved.append(taken)
 
     def insert(self, claimed: Range, device: BusDevice, owner: str) -> BusEntry:
-        """Give `claimed` to `device`.
+        """Give `claimed` to `device`; one that has a `base` is told where it starts.
 
         Raises:
             RangeConflict: the range overlaps RAM or another device, or leaves this space.
@@ -167,6 +167,8 @@ class Bus:
         index = bisect_right(self._starts, claimed.start)
         self._starts.insert(index, claimed.start)
         self._entries.insert(index, entry)
+        if hasattr(device, "base"):
+            device.base = claimed.start
         return entry
 
     def remove(self, claimed: Range, owner: str) -> bool:
@@ -207,7 +209,7 @@ class Bus:
             entry = self._entries[index]
             if address + size <= entry.end:
                 entry.stats.writes += 1
-                entry.write(address - entry.start, size, value)
+                entry.write(address - entry.start, size, value & ALL_ONES[size])
                 return
         self.unclaimed_writes += 1
         if self.on_unclaimed is not None:

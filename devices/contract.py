@@ -12,9 +12,10 @@ child, nor what time it is on the host.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -36,12 +37,15 @@ class Region:
         length: its size in bytes.
         start: where the machine puts it unless its configuration says otherwise; None when only
             the guest decides (a PCI BAR).
+        irq: the ISA interrupt line that the device's pin is wired to unless the machine's
+            configuration says otherwise; None: no line, or one that PCI routes.
     """
 
     name: str
     bus: BusType
     length: int
     start: int | None = None
+    irq: int | None = None
 
     def range(self) -> Range | None:
         return None if self.start is None else Range(self.start, self.length)
@@ -82,6 +86,37 @@ class DeviceHost(Protocol):
     def log(self, message: str) -> None:
         """One line for the machine's log."""
         ...
+
+
+_S = TypeVar("_S")
+
+
+def checked_state(model: str, saved: Any, kind: type[_S]) -> _S:
+    """Turn what `Device.snapshot` gave back into a state; nothing else is taken.
+
+    Conversion alone would overlook missing and unknown fields, so the result must also give the
+    very same plain values again.
+
+    Raises:
+        DeviceError: wrong type, missing or unknown field, value out of range.
+    """
+    try:
+        state: Any = msgspec.convert(saved, kind)
+        # Not `to_builtins(state)`: it leaves out the fields that `convert` did not find.
+        again = dataclasses.asdict(state)
+        same = _canonical(again) == _canonical(saved)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise DeviceError(model, f"cannot restore this state: {error}") from error
+    if not same:
+        odd = sorted(map(str, set(again) ^ set(saved)))
+        what = f"missing or unknown: {', '.join(odd)}" if odd else "not in the form of a snapshot"
+        raise DeviceError(model, f"cannot restore this state: {what}")
+    checked: _S = state
+    return checked
+
+
+def _canonical(value: Any) -> bytes:
+    return msgspec.json.encode(value, order="deterministic")
 
 
 @dataclass
@@ -160,11 +195,7 @@ class Device:
         Raises:
             DeviceError: it is not a state of this model; nothing was changed.
         """
-        try:
-            state: Any = msgspec.convert(saved, self.State)
-        except (msgspec.ValidationError, ValueError, TypeError) as error:
-            raise DeviceError(self.model, f"cannot restore this state: {error}") from error
-        self.state = state
+        self.state = checked_state(self.model, saved, self.State)
         self.restored()
 
     def restored(self) -> None:

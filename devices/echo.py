@@ -1,7 +1,8 @@
 """Echo: the smallest complete device, and the one to copy.
 
-Eight bytes of port I/O at 0x510 (or wherever ``addr=`` says). What the guest writes, it reads
-back; the register keeps its value across suspend, snapshot and restore.
+Eight bytes of port I/O at 0x510, or of MMIO at 0xD0000000 with ``bus=mmio`` (``addr=`` puts it
+elsewhere). What the guest writes, it reads back; the register keeps its value across suspend,
+snapshot and restore.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from typing import ClassVar
 
 from devices.bus import BusType
 from devices.contract import Device, Region
+
+
+@dataclass(frozen=True)
+class EchoOptions:
+    """`bus`: the address space that the register lies in, ``pio`` or ``mmio``."""
+
+    bus: BusType = BusType.PIO
 
 
 @dataclass
@@ -27,11 +35,14 @@ class EchoState:
 class Echo(Device):
     model: ClassVar[str] = "echo"
     summary: ClassVar[str] = "one 8-byte register that reads back what was written"
+    Options = EchoOptions
     State = EchoState
     state: EchoState
 
     def regions(self) -> tuple[Region, ...]:
-        return (Region("register", BusType.PIO, 8, start=0x510),)
+        bus = self.options.bus
+        start = 0x510 if bus is BusType.PIO else 0xD000_0000
+        return (Region("register", bus, 8, start),)
 
     def read(self, offset: int, size: int) -> int:
         return int.from_bytes(self.state.data[offset : offset + size], "little")

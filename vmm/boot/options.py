@@ -49,9 +49,11 @@ class BootResult:
     Attributes:
         format: "flat", "elf32", "elf64" or "multiboot".
         state: the CPU's state at its first instruction.
-        symbols: (address, size, name) of an ELF symbol table, for reports.
+        symbols: (address, size, name) of an ELF symbol table, by ascending address, for reports.
+        notes: what a user should be told although it is no error, a line each.
     """
 
     format: str
     state: CpuState
     symbols: list[tuple[int, int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

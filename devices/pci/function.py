@@ -1,0 +1,205 @@
+"""`PciFunction`: the base of every PCI device model.
+
+A model says what it is with a `Header`, and answers for its BARs in `read_bar` and `write_bar`;
+registers, relocation, the interrupt pin, state and config mapping are done here. It declares its
+state as a dataclass that extends `PciState`::
+
+    @dataclass
+    class CounterState(PciState):
+        count: int = 0
+
+    class Counter(PciFunction):
+        model = "counter"
+        State = CounterState
+        state: CounterState
+
+        def header(self) -> Header:
+            return Header(0x1234, 0x0C01, 0xFF0000, bars=(BarInfo(0, 0, BusType.MMIO, 16),))
+
+        def read_bar(self, bar: int, offset: int, size: int) -> int:
+            self.state.count += 1
+            return self.state.count
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+from devices.bus import ALL_ONES, BusDevice, BusType, Range
+from devices.contract import Device, DeviceHost, Region, checked_state
+from devices.errors import DeviceError
+from devices.pci.config import (
+    COMMAND,
+    INTX_DISABLE,
+    INTX_STATUS,
+    ConfigSpace,
+    ConfigState,
+    Header,
+    can_move_bars,
+    difference,
+    placements,
+)
+from devices.pci.contract import BarInfo, ConfigWriteResult, RegionRange
+
+
+@dataclass
+class PciState:
+    """What every function keeps; models extend it."""
+
+    config: ConfigState = field(default_factory=ConfigState)
+
+
+class BarHandler:
+    """What sits on the bus for one BAR: the function's methods with the number filled in."""
+
+    __slots__ = ("read", "write")
+
+    read: Callable[[int, int], int]
+    write: Callable[[int, int, int], None]
+
+    def __init__(self, function: PciFunction, bar: int) -> None:
+        self.read = partial(function.read_bar, bar)
+        self.write = partial(function.write_bar, bar)
+
+
+class PciFunction(Device):
+    """A function with a type 0 header; see the module's text for how to write one."""
+
+    is_pci: ClassVar[bool] = True
+    State: ClassVar[type] = PciState
+    state: PciState
+
+    def __init__(self, host: DeviceHost, options: Any = None) -> None:
+        super().__init__(host, options)
+        self.config = ConfigSpace(self.header(), self.state.config)
+        self._bars = self.config.header.bars
+        self._pin = self.config.header.interrupt_pin
+        self._placed: list[Range | None] = placements(self._bars, self.config.values)
+
+    # What a model says and does.
+
+    def header(self) -> Header:
+        """What the function is; asked for once, when `options` is set."""
+        raise NotImplementedError
+
+    def read_bar(self, bar: int, offset: int, size: int) -> int:
+        """Read 1..8 bytes that lie within the region of BAR number `bar`."""
+        return ALL_ONES[size]
+
+    def write_bar(self, bar: int, offset: int, size: int, value: int) -> None:
+        """Write 1..8 bytes that lie within the region of BAR number `bar`."""
+
+    def config_written(self, register: int) -> None:
+        """The guest wrote this dword, which has its new value already."""
+
+    def validate(self, state: Any) -> None:
+        """Refuse a state that fits the dataclass but not this function, with a ValueError."""
+
+    # The interrupt pin.
+
+    def set_intx(self, level: bool) -> None:
+        """Ask for an interrupt on the function's pin, or stop asking.
+
+        Status.InterruptStatus follows in any case; the line only while Command.InterruptDisable
+        is clear (6.2.2, 6.2.3).
+        """
+        if level != bool(self.config.values[COMMAND] & INTX_STATUS):
+            self.config.update(COMMAND, INTX_STATUS, INTX_STATUS if level else 0)
+            if not self.config.values[COMMAND] & INTX_DISABLE:
+                self.host.set_irq(level, self._pin - 1)
+
+    def _intx_line(self) -> bool:
+        command_status = self.config.values[COMMAND]
+        return bool(command_status & INTX_STATUS) and not command_status & INTX_DISABLE
+
+    # PciConfig.
+
+    def bars(self) -> tuple[BarInfo, ...]:
+        return self._bars
+
+    def read_config(self, register: int) -> int:
+        return self.config.values[register]
+
+    def write_config(self, register: int, offset: int, data: bytes) -> ConfigWriteResult:
+        line = self._intx_line()
+        self.config.write(register, offset, data)
+        self.config_written(register)
+        if register == COMMAND and self._intx_line() != line:
+            self.host.set_irq(not line, self._pin - 1)
+        if not can_move_bars(register):
+            return ConfigWriteResult()
+        before = self._placed
+        self._placed = placements(self._bars, self.config.values)
+        return difference(self._bars, before, self._placed)
+
+    def read_virtual_config(self, register: int) -> int:
+        return 0
+
+    def write_virtual_config(self, register: int, value: int) -> None:
+        pass
+
+    def map_config(self, view: memoryview, base: int, length: int) -> bool:
+        """Keep `length` bytes at `base` of `view` equal to the registers from now on.
+
+        `view` is memory shared with the machine, which then reads configuration without asking.
+        Each dword is stored at once, in the processor's own byte order; bytes past the 256 of the
+        header stay as they are.
+
+        Returns:
+            Whether it will; not if the memory is read-only, too short or not aligned to dwords.
+        """
+        if view.readonly or base < 0 or length <= 0 or base % 4 or length % 4:
+            return False
+        if base + length > view.nbytes:
+            return False
+        self.config.mirror(view.cast("B")[base : base + length].cast("I"))
+        return True
+
+    def unmap_config(self) -> None:
+        """Let go of the memory of `map_config`, so that its owner can close it."""
+        self.config.mirror(None)
+
+    # Device.
+
+    def regions(self) -> tuple[Region, ...]:
+        """One for each BAR, ordered by its region number."""
+        ordered = sorted(self._bars, key=lambda info: info.region)
+        return tuple(Region(f"bar{info.bar}", info.bus, info.size) for info in ordered)
+
+    def handlers(self) -> Sequence[BusDevice]:
+        ordered = sorted(self._bars, key=lambda info: info.region)
+        return tuple(BarHandler(self, info.bar) for info in ordered)
+
+    def current_ranges(self) -> list[tuple[BusType, RegionRange]]:
+        """Where the guest has put each region that is decoded now."""
+        return [
+            (info.bus, RegionRange(info.region, place))
+            for info, place in zip(self._bars, self._placed, strict=True)
+            if place is not None
+        ]
+
+    def close(self) -> None:
+        self.unmap_config()
+
+    def restore(self, saved: Any) -> None:
+        """Take up a state that `snapshot` gave; the machine then asks for `current_ranges`.
+
+        Raises:
+            DeviceError: it is not a state of this model, or its read-only configuration bits (ids,
+                kinds and sizes of BARs, capabilities) are not this function's; nothing was changed.
+        """
+        state: PciState = checked_state(self.model, saved, self.State)
+        try:
+            self.config.check(state.config.registers)
+            self.validate(state)
+        except ValueError as error:
+            raise DeviceError(self.model, f"cannot restore this state: {error}") from error
+        self.state = state
+        self.config.load(state.config.registers)
+        self._placed = placements(self._bars, self.config.values)
+        if self._pin:
+            self.host.set_irq(self._intx_line(), self._pin - 1)
+        self.restored()

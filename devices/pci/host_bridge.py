@@ -1,0 +1,369 @@
+"""The PCI root: configuration mechanism #1, the functions on bus 0, their ranges and interrupts.
+
+Sources: PCI Local Bus Specification 3.0, section 3.2.2.3.2 (configuration mechanism #1), chapter 6.
+
+Ports 0xCF8..0xCFF:
+
+- CONFIG_ADDRESS, 0xCF8: only a 4-byte access reaches it ("any other types of accesses to this
+  address ... must be passed through"); a shorter one is nobody's.
+- CONFIG_DATA, 0xCFC..0xCFF: 1, 2 or 4 bytes at any byte lane, as long as they stay in the dword,
+  while the enable bit is set; otherwise, again, it is nobody's.
+- An access that straddles 0xCFB/0xCFC or leaves 0xCFF is nobody's: a processor would split it in
+  two cycles, and no software that means the bridge does that.
+
+Nobody's accesses read all-ones, write nothing, and are counted. So are reads of functions that
+are not there or whose device failed.
+
+The functions may be proxies of hostile processes. The root believes none of them: where ranges go
+is in `devices.pci.mapping`, and the multi-function bit of the header type is the root's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import msgspec
+
+from devices.bus import ALL_ONES, Bus, BusDevice, BusType, Range
+from devices.contract import Device, DeviceHost, Region, checked_state
+from devices.errors import DeviceError
+from devices.pci.config import ConfigState, Header
+from devices.pci.contract import CONFIG_REGISTERS, BarInfo, PciConfig
+from devices.pci.function import PciFunction
+from devices.pci.intx import PINS, PIRQ_IRQS, IntxRouter, Slot
+from devices.pci.mapping import BarMapper, FunctionState, Seat
+from devices.pci.registers import DWORD
+from devices.pci.resources import assign
+
+CONFIG_ADDRESS = 0xCF8
+ENABLE = 1 << 31
+ADDRESS_BITS = ENABLE | 0x00FF_FFFC
+"""The bits of CONFIG_ADDRESS that keep what is written; the others are reserved and zero."""
+
+HEADER_TYPE = 3
+"""The dword that holds the header type, in bits 16 to 23."""
+MULTI_FUNCTION = 1 << 23
+
+MMIO_WINDOW = Range(0xC000_0000, 0x3EC0_0000)
+"""Where memory BARs go at boot: above the RAM, below the interrupt controllers at 0xFEC00000."""
+IO_WINDOW = Range(0xC000, 0x4000)
+"""Where I/O BARs go at boot: above all that ISA boards decode."""
+
+
+class HostBridge(PciFunction):
+    """The bridge's own function, 00:00.0: class 06 00, no BARs, no interrupt.
+
+    Vendor 0x1234 as in `devices.pci.config_space`: it is no chipset that a driver could know.
+    """
+
+    model: ClassVar[str] = "pci-host-bridge"
+    summary: ClassVar[str] = "the function of the PCI root itself"
+
+    def header(self) -> Header:
+        return Header(0x1234, 0x0600, class_code=0x060000)
+
+
+@dataclass
+class RootState:
+    """CONFIG_ADDRESS, the bridge's own registers, the shadow of each function by its slot.
+
+    Attributes:
+        removed: slots of functions that were there at the start and were unplugged.
+    """
+
+    address: int = 0
+    bridge: ConfigState = field(default_factory=ConfigState)
+    functions: dict[str, FunctionState] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+
+
+class PciRoot(Device):
+    """Lives in the machine's process; drives functions that may live elsewhere.
+
+    Args:
+        host: of the host bridge's own function.
+        mmio: the bus for memory BARs.
+        io: the bus for I/O BARs.
+        set_irq_line: told (irq, level) when an interrupt line of the board changes.
+        on_violation: told (owner, text) when a device said what the guest did not ask for; it may
+            call `fail` or `remove`. The access goes on in any case.
+        on_removed: told (owner, slot) when a device unplugged one of its functions.
+        irqs: the interrupts of PIRQ A to D.
+    """
+
+    model: ClassVar[str] = "pci-root"
+    summary: ClassVar[str] = "PCI host bridge with configuration mechanism #1"
+    State = RootState
+    state: RootState
+
+    def __init__(
+        self,
+        host: DeviceHost,
+        mmio: Bus,
+        io: Bus,
+        *,
+        set_irq_line: Callable[[int, bool], None],
+        on_violation: Callable[[str, str], None],
+        on_removed: Callable[[str, Slot], None] | None = None,
+        irqs: Sequence[int] = PIRQ_IRQS,
+    ) -> None:
+        super().__init__(host)
+        self.unclaimed_reads = 0
+        self.unclaimed_writes = 0
+        self._mmio, self._io = mmio, io
+        self._intx = IntxRouter(set_irq_line, irqs)
+        self._on_violation, self._on_removed = on_violation, on_removed
+        self._seats: dict[int, Seat] = {}
+        self._mapper = BarMapper(
+            mmio, io, self._in_order, lambda seat, text: on_violation(seat.owner, text)
+        )
+        self.bridge = HostBridge(host)
+        self.state.bridge = self.bridge.state.config
+        self.add(Slot(0), self.bridge, self.bridge.model, (), ())
+
+    # Functions come and go.
+
+    def add(
+        self,
+        slot: Slot | int,
+        function: PciConfig,
+        owner: str,
+        handlers: Sequence[BusDevice],
+        bars: Sequence[BarInfo],
+    ) -> None:
+        """Plug in a function whose registers are at their reset values.
+
+        Args:
+            slot: a number alone is a device whose function 0 this is; so everywhere here.
+            owner: the device's configured name; its functions may share one device number.
+            handlers: one for each region of the device.
+            bars: as the machine knows them from the model, not from the device process.
+
+        Raises:
+            ValueError: the slot does not exist, is taken, or has no function 0 yet; the BARs break
+                a rule.
+        """
+        slot = _slot(slot)
+        if slot.bus or not (0 <= slot.device < 32 and 0 <= slot.function < 8):
+            raise ValueError(f"there is no slot {slot} on this root")
+        if slot.number in self._seats:
+            raise ValueError(f"slot {slot} is taken by '{self._seats[slot.number].owner}'")
+        if slot.function and Slot(slot.device).number not in self._seats:
+            raise ValueError(f"slot {slot} needs a function 0 beside it (PCI 3.0, 3.2.2.3.4)")
+        self._seats[slot.number] = Seat(slot, function, owner, handlers, bars)
+        self._mark_neighbours(slot)
+        if str(slot) in self.state.removed:
+            self.state.removed.remove(str(slot))
+
+    def remove(self, slot: Slot | int) -> None:
+        """Unplug a function: its ranges leave the buses, its pins fall. Nothing if it is gone."""
+        slot = _slot(slot)
+        seat = self._seats.pop(slot.number, None)
+        if seat is None:
+            return
+        self._mapper.unmap(seat)
+        self._intx.release(slot)
+        self._mark_neighbours(slot)
+        self.state.removed.append(str(slot))
+
+    def fail(self, owner: str) -> None:
+        """A device failed: all its functions read all-ones and leave the buses, pins fall."""
+        for seat in self._in_order():
+            if seat.owner == owner and not seat.failed:
+                seat.failed = True
+                self._mapper.unmap(seat)
+                self._intx.release(seat.slot)
+
+    def slots(self) -> list[tuple[Slot, str]]:
+        """What is plugged in: slots with their owners, in order."""
+        return [(seat.slot, seat.owner) for seat in self._in_order()]
+
+    # Configuration space, whatever the mechanism.
+
+    def read_config(self, number: int, register: int) -> int:
+        """The dword `register` of function `number` (``bus << 8 | device << 3 | function``)."""
+        seat = self._seats.get(number)
+        if seat is None or seat.failed or register >= CONFIG_REGISTERS:
+            return DWORD
+        value = seat.function.read_config(register) & DWORD
+        if register == HEADER_TYPE and value != DWORD:
+            value &= ~MULTI_FUNCTION
+            if seat.multi_function:
+                value |= MULTI_FUNCTION
+        return value
+
+    def write_config(self, number: int, register: int, offset: int, data: bytes) -> None:
+        """Write 1..4 bytes at byte `offset` of dword `register`, never past its end."""
+        seat = self._seats.get(number)
+        if seat is None or seat.failed or register >= CONFIG_REGISTERS:
+            return
+        seat.shadow.write(register, offset, data)
+        answer = seat.function.write_config(register, offset, data)
+        if seat.failed or self._seats.get(number) is not seat:
+            return
+        self._mapper.written(seat, answer)
+        if answer.removed_pci_devices:
+            self._unplug(seat, answer.removed_pci_devices)
+
+    # Configuration mechanism #1.
+
+    def regions(self) -> tuple[Region, ...]:
+        return (Region("config", BusType.PIO, 8, start=CONFIG_ADDRESS),)
+
+    def read(self, offset: int, size: int) -> int:
+        address = self.state.address
+        if offset >= 4:
+            lane = offset - 4
+            if address & ENABLE and lane + size <= 4:
+                value = self.read_config(address >> 8 & 0xFFFF, address >> 2 & 0x3F)
+                return value >> 8 * lane & ALL_ONES[size]
+        elif offset == 0 and size == 4:
+            return address
+        self.unclaimed_reads += 1
+        return ALL_ONES[size]
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        address = self.state.address
+        if offset >= 4:
+            lane = offset - 4
+            if address & ENABLE and lane + size <= 4:
+                data = value.to_bytes(size, "little")
+                self.write_config(address >> 8 & 0xFFFF, address >> 2 & 0x3F, lane, data)
+                return
+        elif offset == 0 and size == 4:
+            self.state.address = value & ADDRESS_BITS
+            return
+        self.unclaimed_writes += 1
+
+    # Ranges.
+
+    def problems(self) -> list[str]:
+        """One line for each BAR that the guest programmed and nobody can reach."""
+        return self._mapper.problems()
+
+    @property
+    def collisions(self) -> int:
+        """How often a BAR was programmed to a place that was taken, or that does not exist."""
+        return self._mapper.collisions
+
+    def retry(self) -> None:
+        """Another device left a bus: insert what it was in the way of."""
+        self._mapper.retry()
+
+    def assign_resources(
+        self,
+        mmio_window: Range = MMIO_WINDOW,
+        io_window: Range = IO_WINDOW,
+        *,
+        decode: bool = True,
+    ) -> list[str]:
+        """Do at boot what firmware does: place all BARs, preset interrupt lines.
+
+        The guest may do it all again. Bus mastering stays off, as firmware leaves it.
+
+        Args:
+            mmio_window: for memory BARs, 64-bit ones too: below 4 GiB every guest can reach them.
+                It ends below 4 GiB: see `devices.pci.config` about the top.
+            io_window: for I/O BARs.
+            decode: leave the functions with decoding on.
+
+        Returns:
+            One line for each BAR that found no place; it stays unassigned.
+        """
+        windows = ((self._mmio, mmio_window), (self._io, io_window))
+        return assign(self, self._in_order(), windows, decode)
+
+    # Interrupts.
+
+    def irq_for(self, slot: Slot | int, pin: int) -> int:
+        """The board's interrupt of pin 0 (INTA#) to 3 of the device in `slot`."""
+        return self._intx.irq_for(_slot(slot), pin)
+
+    def set_intx(self, slot: Slot | int, pin: int, level: bool) -> None:
+        """A function drives its pin 0 (INTA#) to 3; from a failed or missing one it is ignored."""
+        slot = _slot(slot)
+        seat = self._seats.get(slot.number)
+        if seat is None or seat.failed:
+            return
+        if not 0 <= pin < PINS:
+            self._on_violation(seat.owner, f"drove interrupt pin {pin}; there are {PINS}")
+            return
+        self._intx.set(slot, pin, level)
+
+    # State.
+
+    def snapshot(self) -> Any:
+        self.state.functions = {
+            str(seat.slot): seat.state(self._intx.pins(seat.slot)) for seat in self._in_order()
+        }
+        return msgspec.to_builtins(self.state)
+
+    def restore(self, saved: Any) -> None:
+        """Take up a state; once the functions have theirs too, call `remap`.
+
+        Raises:
+            DeviceError: it is no such state, or other functions are plugged in here; nothing was
+                changed.
+        """
+        state = checked_state(self.model, saved, RootState)
+        try:
+            self._check(state)
+        except ValueError as error:
+            raise DeviceError(self.model, f"cannot restore this state: {error}") from error
+        for seat in self._in_order():
+            if str(seat.slot) not in state.functions:
+                self._unplug(seat, [seat.slot.number])
+        self.state = state
+        self.bridge.config.load(state.bridge.registers)
+        self.bridge.state.config = state.bridge
+        for seat in self._in_order():
+            seat.load(state.functions[str(seat.slot)])
+        self._intx.load(
+            (seat.slot, pin)
+            for seat in self._in_order()
+            for pin in state.functions[str(seat.slot)].pins
+        )
+
+    def remap(self) -> None:
+        """Make the buses hold what the restored shadows say; who differs from it is at fault."""
+        self._mapper.remap()
+
+    def _check(self, state: RootState) -> None:
+        if state.address & ~ADDRESS_BITS:
+            raise ValueError(f"CONFIG_ADDRESS {state.address:#x} has reserved bits set")
+        self.bridge.config.check(state.bridge.registers)
+        here = {str(seat.slot): seat for seat in self._in_order()}
+        for slot in state.functions.keys() - here.keys():
+            raise ValueError(f"there is no function at {slot} here")
+        for slot in here.keys() - state.functions.keys() - set(state.removed):
+            raise ValueError(f"it has no function at {slot}, where '{here[slot].owner}' is")
+        for slot, saved in state.functions.items():
+            here[slot].check(saved)
+
+    # Inside.
+
+    def _in_order(self) -> list[Seat]:
+        return [self._seats[number] for number in sorted(self._seats)]
+
+    def _mark_neighbours(self, slot: Slot) -> None:
+        seats = [seat for seat in self._in_order() if seat.slot.device == slot.device]
+        for seat in seats:
+            seat.multi_function = len(seats) > 1
+
+    def _unplug(self, seat: Seat, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            gone = self._seats.get(number)
+            if gone is None or gone.owner != seat.owner:
+                self._on_violation(
+                    seat.owner, f"unplugged function {number:#x}, which is not its own"
+                )
+                return
+            self.remove(gone.slot)
+            if self._on_removed is not None:
+                self._on_removed(gone.owner, gone.slot)
+
+
+def _slot(slot: Slot | int) -> Slot:
+    return Slot(slot) if isinstance(slot, int) else slot

@@ -1,0 +1,254 @@
+"""What the guest's BARs put on the two buses, with no trust in the functions behind them.
+
+The root keeps a shadow of Command and the BARs of each function, made from the guest's writes and
+from the BAR sizes that were fixed when the machine was built. The shadow decides what is on the
+buses. What a function answers to a configuration write must say the same; if it does not, the
+function is at fault and the buses hold what the guest asked for all the same.
+
+Two functions, or a function and another device, may be programmed to overlap. Who was there first
+stays reachable; the other is kept as unreachable and inserted as soon as its place is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
+from devices.pci.config import (
+    BAR0,
+    BAR_COUNT,
+    COMMAND,
+    bar_fields,
+    check_bars,
+    decoded_spaces,
+    difference,
+    placements,
+)
+from devices.pci.contract import (
+    CONFIG_REGISTERS,
+    BarInfo,
+    ConfigWriteResult,
+    PciConfig,
+    RegionRange,
+)
+from devices.pci.intx import Slot
+from devices.pci.registers import Field, RegisterFile
+
+
+@dataclass
+class FunctionState:
+    """What the root keeps of one function.
+
+    Attributes:
+        owner: the configured name of the device.
+        command: the shadow of the Command register's decode bits.
+        bars: the shadow of the six base address registers.
+        unreachable: indices into the function's BARs of those that found their place taken.
+        pins: interrupt pins that are asserted, 0 for INTA#.
+    """
+
+    owner: str
+    command: int
+    bars: list[int]
+    unreachable: list[int] = field(default_factory=list)
+    pins: list[int] = field(default_factory=list)
+
+    def registers(self) -> list[int]:
+        """The shadow as a register file of a whole configuration space."""
+        if len(self.bars) != BAR_COUNT:
+            raise ValueError(f"there are {BAR_COUNT} BARs, not {len(self.bars)}")
+        values = [0] * CONFIG_REGISTERS
+        values[COMMAND] = self.command
+        values[BAR0 : BAR0 + BAR_COUNT] = self.bars
+        return values
+
+
+class Seat:
+    """One function as it is plugged into the root.
+
+    Raises:
+        ValueError: the BARs break a rule, or name a region that has no handler.
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        function: PciConfig,
+        owner: str,
+        handlers: Sequence[BusDevice],
+        bars: Sequence[BarInfo],
+    ) -> None:
+        check_bars(bars)
+        for info in bars:
+            if info.region >= len(handlers):
+                raise ValueError(f"'{owner}': BAR {info.bar} maps region {info.region}: none such")
+        self.slot = slot
+        self.function = function
+        self.owner = owner
+        self.bars = tuple(bars)
+        self.handlers = tuple(handlers[info.region] for info in bars)
+        self.failed = False
+        self.multi_function = False
+        decode = Field("command", 4 * COMMAND, 2, writable=decoded_spaces(bars))
+        self.shadow = RegisterFile([decode, *bar_fields(bars)], CONFIG_REGISTERS)
+        self.placed: list[Range | None] = placements(bars, self.shadow.values)
+        """Where the guest wants each BAR."""
+        self.mapped: dict[int, Range] = {}
+        """What is on the buses, by index of the BAR."""
+        self.unreachable: dict[int, str] = {}
+        """Why a wanted BAR is not on its bus, by index of the BAR."""
+
+    def state(self, pins: list[int]) -> FunctionState:
+        values = self.shadow.values
+        bars = values[BAR0 : BAR0 + BAR_COUNT]
+        return FunctionState(self.owner, values[COMMAND], bars, sorted(self.unreachable), pins)
+
+    def check(self, state: FunctionState) -> None:
+        """See whether `state` can be this seat's; ValueError if not."""
+        if state.owner != self.owner:
+            raise ValueError(f"{self.slot} is '{self.owner}' here, not '{state.owner}'")
+        self.shadow.check(state.registers())
+        wanted = placements(self.bars, state.registers())
+        if any(not 0 <= i < len(wanted) or wanted[i] is None for i in state.unreachable):
+            raise ValueError(f"{self.slot}: an unreachable BAR that is not decoded")
+        if any(not 0 <= pin < 4 for pin in state.pins):
+            raise ValueError(f"{self.slot}: there are four interrupt pins")
+
+    def load(self, state: FunctionState) -> None:
+        """Take up a state that `check` accepted; the buses follow with `BarMapper.remap`."""
+        self.shadow.load(state.registers())
+        self.placed = placements(self.bars, self.shadow.values)
+        self.unreachable = dict.fromkeys(state.unreachable, "its place was taken")
+
+    def shadow_difference(self) -> str:
+        """In what way the function's own registers differ from the shadow; "" if they agree."""
+        for register in (COMMAND, *range(BAR0, BAR0 + BAR_COUNT)):
+            bits = self.shadow.changeable(register)
+            if bits:
+                own, wanted = self.function.read_config(register), self.shadow.values[register]
+                if (own ^ wanted) & bits:
+                    return f"register {4 * register:#04x} is {own:#x}, the guest wrote {wanted:#x}"
+        return ""
+
+
+class BarMapper:
+    """Keeps the buses equal to what the seats want.
+
+    Args:
+        mmio: where memory BARs go.
+        io: where I/O BARs go.
+        seats: all seats, in the order in which they are served; read anew each time.
+        on_violation: told (seat, text) when a function's answer contradicts the guest's writes.
+    """
+
+    def __init__(
+        self,
+        mmio: Bus,
+        io: Bus,
+        seats: Callable[[], Iterable[Seat]],
+        on_violation: Callable[[Seat, str], None],
+    ) -> None:
+        self._buses = {BusType.MMIO: mmio, BusType.PIO: io}
+        self._seats = seats
+        self._on_violation = on_violation
+        self.collisions = 0
+        """How often a BAR was programmed to a place that was taken."""
+
+    def written(self, seat: Seat, answer: ConfigWriteResult) -> None:
+        """The shadow of `seat` is up to date: check the function's answer, move its ranges."""
+        before, seat.placed = seat.placed, placements(seat.bars, seat.shadow.values)
+        expected = difference(seat.bars, before, seat.placed)
+        if expected:
+            self._move(seat, before)
+        wrong = _contradiction(answer, expected)
+        if wrong:
+            self._on_violation(seat, wrong)
+
+    def unmap(self, seat: Seat) -> None:
+        """Take all of a seat's ranges off the buses, for good or for a while."""
+        for index in tuple(seat.mapped):
+            self._remove(seat, index)
+        seat.unreachable.clear()
+        self.retry()
+
+    def remap(self) -> None:
+        """Put everything on the buses anew from the shadows, after a restore."""
+        seats = [seat for seat in self._seats() if not seat.failed]
+        for seat in seats:
+            for index in tuple(seat.mapped):
+                self._remove(seat, index)
+        # Those that were reachable first, else the order of slots would change who is.
+        for seat in seats:
+            for index, place in enumerate(seat.placed):
+                if place is not None and index not in seat.unreachable:
+                    self._insert(seat, index, place)
+        self.retry()
+        for seat in seats:
+            wrong = seat.shadow_difference()
+            if wrong and not seat.failed:
+                self._on_violation(seat, f"after restore, {wrong}")
+
+    def retry(self) -> None:
+        """Insert what was unreachable and now has its place free."""
+        for seat in self._seats():
+            for index in sorted(seat.unreachable):
+                place = seat.placed[index]
+                if place is not None and not seat.failed:
+                    self._insert(seat, index, place)
+
+    def problems(self) -> list[str]:
+        """One line for each BAR that the guest programmed and nobody can reach."""
+        return [
+            f"{seat.slot} '{seat.owner}' BAR {seat.bars[index].bar} is unreachable: {reason}"
+            for seat in self._seats()
+            for index, reason in sorted(seat.unreachable.items())
+        ]
+
+    def _move(self, seat: Seat, before: Sequence[Range | None]) -> None:
+        moved = [index for index, old in enumerate(before) if old != seat.placed[index]]
+        for index in moved:
+            seat.unreachable.pop(index, None)
+            if index in seat.mapped:
+                self._remove(seat, index)
+        for index in moved:
+            place = seat.placed[index]
+            if place is not None and not self._insert(seat, index, place):
+                self.collisions += 1
+        self.retry()
+
+    def _remove(self, seat: Seat, index: int) -> None:
+        self._buses[seat.bars[index].bus].remove(seat.mapped.pop(index), seat.owner)
+
+    def _insert(self, seat: Seat, index: int, place: Range) -> bool:
+        try:
+            self._buses[seat.bars[index].bus].insert(place, seat.handlers[index], seat.owner)
+        except RangeConflict as conflict:
+            seat.unreachable[index] = str(conflict)
+            return False
+        seat.unreachable.pop(index, None)
+        seat.mapped[index] = place
+        return True
+
+
+def _contradiction(answer: ConfigWriteResult, expected: ConfigWriteResult) -> str:
+    """Which part of a function's answer is not what the guest's write asks for; "" if none."""
+    pairs: tuple[tuple[str, list[RegionRange], list[RegionRange]], ...] = (
+        ("mmio_remove", answer.mmio_remove, expected.mmio_remove),
+        ("mmio_add", answer.mmio_add, expected.mmio_add),
+        ("io_remove", answer.io_remove, expected.io_remove),
+        ("io_add", answer.io_add, expected.io_add),
+    )
+    for name, said, wanted in pairs:
+        if len(said) > BAR_COUNT:
+            return f"answered a configuration write with {len(said)} ranges in {name}"
+        if sorted(said) != sorted(wanted):
+            return (
+                f"answered a configuration write with {name} {_text(said)}; "
+                f"what the guest programmed is {_text(wanted)}"
+            )
+    return ""
+
+
+def _text(ranges: list[RegionRange]) -> str:
+    return ", ".join(f"region {region} at {place}" for region, place in ranges) or "nothing"

@@ -1,0 +1,106 @@
+"""`ChildHost`: what a device model in a child asks of the machine, as messages on the tube."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from proxy import lane
+from proxy import messages as m
+
+FLUSH_BYTES = m.MAX_BYTES
+
+
+class ChildHost:
+    """The `DeviceHost` of a child.
+
+    Output is gathered and sent when no command waits, before it fills a message, before an exit
+    request and before the answers that promise that nothing is in flight.
+
+    System calls it makes: sendto (tube), write (doorbell).
+
+    Args:
+        end: the child's end of the tube.
+        doorbell: the writing end of a pipe, non-blocking; one byte says "look at the tube".
+        fds: descriptors given to the device.
+    """
+
+    def __init__(self, end: socket.socket, doorbell: int, fds: Mapping[str, int]) -> None:
+        self._end = end
+        self._doorbell = doorbell
+        self._fds = dict(fds)
+        self.pending = bytearray()
+        self.quiet = True
+        """The machine waits for an answer: it will meet upcalls on the way, without a doorbell."""
+        self.sent = 0
+        self.unsent = 0
+        """Messages that could not be sent; the machine is gone then."""
+        self.page: memoryview | None = None
+        """The lane's page in words of 8 bytes, once it is mapped."""
+
+    @property
+    def fds(self) -> Mapping[str, int]:
+        return self._fds
+
+    def set_irq(self, level: bool, pin: int = 0) -> None:
+        self._send(m.IrqLevel(bool(level), pin))
+
+    def send_msi(self, address: int, data: int) -> None:
+        self._send(m.Msi(data, address))
+
+    def wrote_pages(self, first: int, count: int) -> None:
+        self._send(m.WrotePages(count, first))
+
+    def output(self, data: bytes) -> None:
+        pending = self.pending
+        pending += data
+        while len(pending) >= FLUSH_BYTES:
+            self._send(m.Output(bytes(pending[:FLUSH_BYTES])))
+            del pending[:FLUSH_BYTES]
+
+    def input_wanted(self) -> None:
+        self._send(m.InputWanted())
+
+    def request_exit(self, value: int) -> None:
+        self.flush()
+        self._send(m.ExitRequest(value))
+
+    def log(self, message: str) -> None:
+        self._send(m.Log(message))
+
+    def last_words(self, text: str) -> None:
+        """Say why this process is about to end."""
+        self.flush()
+        self._send(m.LastWords(text))
+
+    def flush(self) -> None:
+        """Send the output that was gathered."""
+        if self.pending:
+            data = bytes(self.pending)
+            self.pending.clear()
+            self._send(m.Output(data))
+
+    def _send(self, upcall: m.Message) -> None:
+        data = upcall.encode()
+        try:
+            self._end.send(data)
+        except OSError:
+            # The machine is gone. There is nobody to tell; the next receive ends the loop.
+            self.unsent += 1
+            return
+        self.sent += 1
+        if self.page is not None:
+            # After the send: whoever sees the count finds the message in the tube.
+            self.page[lane.UPCALLS] = self.sent
+        if not self.quiet:
+            self.ring()
+
+    def ring(self) -> None:
+        """Wake the machine's loop."""
+        try:
+            os.write(self._doorbell, b"!")
+        except BlockingIOError:
+            pass  # it rings already
+        except OSError:
+            self.unsent += 1

@@ -1,0 +1,155 @@
+"""What each device may ask of the kernel: the common table, and each device's own few lines.
+
+A policy is an allow-list. A system call that is not in it is a violation, and so is one that is
+in it when an argument does not fit the conditions given. Add a line to `_OWN` for a model that
+needs more; say why.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+_ALL_BITS: Final = (1 << 64) - 1
+_PROT_EXEC: Final = 4  # asm-generic/mman-common.h
+_F_DUPFD_CLOEXEC: Final = 1030  # linux/fcntl.h
+_F_GETFD: Final = 1
+_F_GETFL: Final = 3
+_AT_EMPTY_PATH: Final = 0x1000
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A condition on an argument: `argument[index] & mask == value`."""
+
+    index: int
+    value: int
+    mask: int = _ALL_BITS
+
+
+class Scope(StrEnum):
+    """Where a rule holds. Some calls are harmless only if another layer holds."""
+
+    ALWAYS = "always"
+    OWN_PIDS = "own pids"
+    EMPTY_ROOT = "empty root"
+    HOST_ROOT = "host root"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a policy.
+
+    Attributes:
+        syscall: its name; a name that this processor does not have is skipped.
+        reason: who needs it.
+        args: all of these must hold; several rules for one call are alternatives.
+        scope: where this line holds; elsewhere it is left out.
+        refuse: not 0: the call fails with this error instead, and that is no violation.
+    """
+
+    syscall: str
+    reason: str
+    args: tuple[Arg, ...] = ()
+    scope: Scope = Scope.ALWAYS
+    refuse: int = 0
+
+
+class OnViolation(StrEnum):
+    """What a forbidden system call leads to.
+
+    KILL: the call never returns; the supervisor names it and kills the device.
+    DENY: it fails with EPERM and the device goes on. Only for demonstrations that try one
+    escape after another; a device that is broken into should not get a second try.
+    """
+
+    KILL = "kill"
+    DENY = "deny"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a device may do; sizes in bytes.
+
+    Attributes:
+        extra: system calls on top of the common table.
+        open_files: RLIMIT_NOFILE; raised as needed to admit the kept descriptors.
+        processes: RLIMIT_NPROC.
+        file_size: RLIMIT_FSIZE; also bounds writes (not mapped stores) to shared memory.
+        more_memory: RLIMIT_AS, on top of what is mapped on entry; a device that maps guest
+            memory afterwards needs its size.
+        locked_memory: RLIMIT_MEMLOCK.
+        on_violation: kill, or deny for demonstrations.
+    """
+
+    extra: tuple[Rule, ...] = ()
+    open_files: int = 64
+    processes: int = 0
+    file_size: int = 0
+    more_memory: int = 256 << 20
+    locked_memory: int = 0
+    on_violation: OnViolation = OnViolation.KILL
+
+
+def _each(reason: str, names: str, scope: Scope = Scope.ALWAYS) -> tuple[Rule, ...]:
+    return tuple(Rule(name, reason, scope=scope) for name in names.split())
+
+
+COMMON: Final[tuple[Rule, ...]] = (
+    *_each("the tube and the descriptors it was given", "recvfrom recvmsg sendto sendmsg"),
+    *_each("doorbells, files it was given", "read write readv writev pread64 pwrite64 lseek"),
+    *_each("waiting for a command", "poll ppoll"),
+    *_each("letting go of a descriptor", "close"),
+    *_each("what kind of descriptor this is", "fstat"),
+    Rule(
+        "newfstatat",
+        "the C library's fstat; given a path it would tell of files, but here there are none",
+        (Arg(3, _AT_EMPTY_PATH),),
+        Scope.EMPTY_ROOT,
+    ),
+    Rule(
+        "newfstatat",
+        "the same where there are files: mmap objects ask, and do without an answer",
+        (Arg(3, _AT_EMPTY_PATH),),
+        Scope.HOST_ROOT,
+        refuse=errno.EACCES,
+    ),
+    *(
+        Rule("fcntl", "mmap objects duplicate their descriptor", (Arg(1, command),))
+        for command in (_F_DUPFD_CLOEXEC, _F_GETFD, _F_GETFL)
+    ),
+    Rule("mmap", "memory, never executable", (Arg(2, 0, _PROT_EXEC),)),
+    Rule("mprotect", "heap growth, never executable", (Arg(2, 0, _PROT_EXEC),)),
+    *_each("memory of the allocator", "brk munmap mremap madvise"),
+    *_each("locks of the interpreter", "futex"),
+    *_each("the clock where the vDSO has none", "clock_gettime gettimeofday clock_getres time"),
+    *_each("sleeping, polling shared memory", "clock_nanosleep nanosleep sched_yield"),
+    *_each("signal return and masks", "rt_sigreturn rt_sigprocmask rt_sigaction"),
+    *_each("a call that a stop and continue cut short", "restart_syscall"),
+    *_each("hash seeds", "getrandom"),
+    *_each("it tells only what it was told", "getpid gettid"),
+    Rule(
+        "tgkill",
+        "abort(): only itself is in its process namespace",
+        (Arg(0, 1), Arg(2, signal.SIGABRT)),
+        Scope.OWN_PIDS,
+    ),
+    *_each("the end", "exit exit_group"),
+)
+"""What the child loop of every device needs: CPython, the C library, the tube."""
+
+_OWN: Final[dict[str, Policy]] = {
+    "serial": Policy(),
+    "echo": Policy(),
+    "config-space": Policy(),
+    "debug-exit": Policy(),
+}
+"""Each model's own lines. None of these needs anything that the common table does not have."""
+
+
+def policy_for(model: str) -> Policy:
+    """The policy of a device model; one that the table does not know gets the common rules."""
+    return _OWN.get(model, Policy())

@@ -1,0 +1,170 @@
+"""Devices as the machine sees them: in a jailed process or in its own, driven in the same way.
+
+`Attachment` is one configured device with its place on the buses. `LocalHost` is what a device
+in the machine's own process gets as its `DeviceHost`; for a jailed one `ProxyDevice` reports the
+same events by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from devices import registry
+from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
+from devices.contract import Device, DeviceHost, Region, TakesInput
+from devices.errors import DeviceError, DeviceFailure, UserError
+from devices.pci.contract import BarInfo
+from vmm.config import DeviceConfig
+
+DeviceFactory = Callable[[DeviceHost], Device]
+
+
+class DeviceEvents(Protocol):
+    """What a device, local or proxied, tells the machine; always on the vCPU thread."""
+
+    def irq(self, name: str, pin: int, level: bool) -> None: ...
+
+    def msi(self, name: str, address: int, data: int) -> None: ...
+
+    def wrote_pages(self, name: str, first: int, count: int) -> None: ...
+
+    def output(self, name: str, data: bytes) -> None: ...
+
+    def input_wanted(self, name: str) -> None: ...
+
+    def exit_request(self, name: str, value: int) -> None: ...
+
+    def log(self, name: str, text: str) -> None: ...
+
+    def failed(self, failure: DeviceFailure) -> None: ...
+
+
+class LocalHost:
+    """The `DeviceHost` of a device that lives in the machine's own process."""
+
+    def __init__(self, name: str, events: DeviceEvents, fds: Mapping[str, int]) -> None:
+        self._name = name
+        self._events = events
+        self.fds = fds
+
+    def set_irq(self, level: bool, pin: int = 0) -> None:
+        self._events.irq(self._name, pin, level)
+
+    def send_msi(self, address: int, data: int) -> None:
+        self._events.msi(self._name, address, data)
+
+    def wrote_pages(self, first: int, count: int) -> None:
+        self._events.wrote_pages(self._name, first, count)
+
+    def output(self, data: bytes) -> None:
+        self._events.output(self._name, data)
+
+    def input_wanted(self) -> None:
+        self._events.input_wanted(self._name)
+
+    def request_exit(self, value: int) -> None:
+        self._events.exit_request(self._name, value)
+
+    def log(self, message: str) -> None:
+        self._events.log(self._name, message)
+
+
+class Driven(Protocol):
+    """What the machine asks of a device wherever it lives: `Device` and `ProxyDevice` both do."""
+
+    def regions(self) -> tuple[Region, ...]: ...
+
+    def handlers(self) -> Sequence[BusDevice]: ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def snapshot(self) -> Any: ...
+
+    def restore(self, saved: Any) -> None: ...
+
+
+@dataclass
+class Attachment:
+    """One configured device.
+
+    Attributes:
+        config: as the user gave it.
+        device: the model itself or its proxy.
+        slot: PCI device number, for a PCI function.
+        irq: the ISA line of its pin, if any.
+        placed: the ranges that were put on the buses for it at build time.
+    """
+
+    config: DeviceConfig
+    device: Driven
+    slot: int | None = None
+    irq: int | None = None
+    placed: list[tuple[BusType, Range]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    def takes_input(self) -> bool:
+        declared = getattr(self.device, "takes_input", None)
+        return isinstance(self.device, TakesInput) if declared is None else bool(declared)
+
+    def pci_bars(self) -> tuple[BarInfo, ...] | None:
+        """The BARs of a PCI function; None for any other device."""
+        if not getattr(self.device, "is_pci", False):
+            return None
+        bars: tuple[BarInfo, ...] = self.device.bars()  # type: ignore[attr-defined]
+        return bars
+
+    def place(self, buses: Mapping[BusType, Bus]) -> None:
+        """Put the regions that have an address of their own on the buses.
+
+        Raises:
+            UserError: no address, or one that is taken.
+        """
+        regions = self.device.regions()
+        fixed = [region for region in regions if region.start is not None]
+        addr = self.config.addr
+        if addr is not None and (self.slot is not None or len(regions) != 1):
+            raise UserError(f"device '{self.name}' has no single bus region for addr= to move")
+        for region, handler in zip(regions, self.device.handlers(), strict=True):
+            start = region.start if addr is None else addr
+            if start is None:
+                continue
+            try:
+                where = Range(start, region.length)
+                buses[region.bus].insert(where, handler, self.name)
+            except (RangeConflict, ValueError) as error:
+                raise UserError(f"device '{self.name}': {error}; give it another addr=") from error
+            self.placed.append((region.bus, where))
+        if self.irq is None:
+            lines = [region.irq for region in fixed if region.irq is not None]
+            self.irq = self.config.irq if self.config.irq is not None else next(iter(lines), None)
+
+
+def build_local(
+    config: DeviceConfig,
+    events: DeviceEvents,
+    factory: DeviceFactory | None,
+    fds: Mapping[str, int],
+) -> Device:
+    """A device in the machine's own process.
+
+    Raises:
+        UserError: unknown model or options.
+        DeviceError: the model's constructor failed.
+    """
+    host = LocalHost(config.name, events, fds)
+    try:
+        if factory is not None:
+            return factory(host)
+        model = registry.load(config.model)
+        return model(host, registry.parse_options(model, config.options))
+    except (UserError, DeviceError):
+        raise
+    except Exception as error:
+        raise DeviceError(config.name, f"cannot be built: {error!r}") from error

@@ -1,0 +1,24 @@
+"""Flat binaries: bytes that go to one address and start at their first byte."""
+
+from __future__ import annotations
+
+from vmm.boot import entry
+from vmm.boot.options import BootOptions, BootResult, Mode
+from vmm.boot.placement import Placement
+from vmm.memory import GuestMemory
+
+DEFAULT_LOAD_ADDRESS = 0x100000
+
+
+def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
+    """Copy `image` to its load address and start it there; see `entry` for the CPU's state.
+
+    Raises:
+        UserError: it does not fit there.
+    """
+    mode = Mode.PROTECTED if options.mode is None else options.mode
+    address = DEFAULT_LOAD_ADDRESS if options.load_addr is None else options.load_addr
+    placement = Placement(memory)
+    entry.prepare(placement, mode)
+    placement.fill(f"the flat binary ({len(image):#x} bytes)", address, image)
+    return BootResult("flat", entry.state(mode, address))

@@ -1,0 +1,239 @@
+"""What each command takes; what it does is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_RAW = argparse.RawDescriptionHelpFormatter
+
+BOOT_EXAMPLES = """\
+the image is a flat binary, an ELF executable (32 or 64 bits), a Multiboot 1 kernel, or the name
+of a built-in guest (python -m vmm guests); without one the built-in default guest boots.
+
+on a terminal, Ctrl-A h shows the escape menu: quit, suspend, snapshot, status.
+
+examples:
+  python -m vmm boot
+  python -m vmm boot kernel.elf --mem 256M --append "debug"
+  python -m vmm boot code.bin --load-addr 0x7000 --mode 64 --timeout 10
+  python -m vmm boot counter --snapshot snap --snapshot-at "count 100"
+  python -m vmm boot guest.bin --device echo,addr=0x600,name=second
+"""
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+
+
+def add_boot(commands: Any) -> None:
+    parser = commands.add_parser(
+        "boot", help="boot a guest", epilog=BOOT_EXAMPLES, formatter_class=_RAW
+    )
+    parser.add_argument("image", nargs="?", help="file or built-in guest (default: 'default')")
+    image = parser.add_argument_group("the guest")
+    image.add_argument(
+        "--mem", metavar="SIZE", default="128M", help="RAM, for example 64M or 1G (default: 128M)"
+    )
+    image.add_argument(
+        "--load-addr",
+        metavar="ADDR",
+        type=_integer,
+        help="where a flat binary is loaded and starts (default: 0x100000)",
+    )
+    image.add_argument(
+        "--mode",
+        type=int,
+        choices=(32, 64),
+        help="CPU mode of a flat binary: 32-bit protected or 64-bit long mode (default: 32)",
+    )
+    image.add_argument("--append", metavar="TEXT", default="", help="command line (Multiboot)")
+    image.add_argument(
+        "--module",
+        metavar="FILE[,TEXT]",
+        action="append",
+        default=[],
+        help="a Multiboot module and the text that names it; may be repeated",
+    )
+    image.add_argument(
+        "--device",
+        metavar="MODEL[,OPTION=VALUE]...",
+        action="append",
+        default=[],
+        help="one more device; every model takes name=, addr=, irq=, slot=, isolation=jail|none",
+    )
+    image.add_argument(
+        "--no-default-devices",
+        action="store_true",
+        help="only what --device names (and the debug-exit port)",
+    )
+    _add_run_options(parser)
+    parser.set_defaults(run=_boot)
+
+
+def add_restore(commands: Any) -> None:
+    parser = commands.add_parser(
+        "restore",
+        help="go on from a snapshot, in this process and with newly forked devices",
+        description="Continues a guest where its snapshot was taken.",
+    )
+    parser.add_argument("directory", help="the snapshot")
+    _add_run_options(parser)
+    parser.set_defaults(run=_restore)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--serial",
+        metavar="WHERE",
+        default="stdio",
+        help="the guest's serial port: stdio, file:PATH or none (default: stdio)",
+    )
+    run.add_argument("--timeout", metavar="SECONDS", type=_positive, help="end the run after that")
+    run.add_argument(
+        "--snapshot",
+        metavar="DIR",
+        help="where --snapshot-at and the escape menu write a snapshot (default: vmm-snapshot)",
+    )
+    run.add_argument(
+        "--snapshot-at",
+        metavar="WHEN",
+        help="take one snapshot: after SECONDS, at 'end', or when the guest prints this text "
+        "(text:... if it looks like one of the others)",
+    )
+    run.add_argument(
+        "--snapshot-then",
+        choices=("continue", "quit"),
+        default="continue",
+        help="what the run does after --snapshot-at (default: continue)",
+    )
+    run.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object at the end, with the guest's output in it, and nothing else",
+    )
+    run.add_argument("--stats", action="store_true", help="at the end, say where accesses went")
+    host = parser.add_argument_group("device processes")
+    host.add_argument(
+        "--jail",
+        choices=("auto", "strict", "off"),
+        default="auto",
+        help="auto: every layer this host permits; strict: all or nothing; off: none, for "
+        "debugging (default: auto)",
+    )
+    host.add_argument(
+        "--on-failure",
+        choices=("stop", "isolate"),
+        default="stop",
+        help="when a device process fails: end the run, or go on without it (default: stop)",
+    )
+    host.add_argument(
+        "--deadline",
+        metavar="SECONDS",
+        type=_positive,
+        default=5.0,
+        help="how long a device process may take to answer (default: 5)",
+    )
+    host.add_argument(
+        "--lane",
+        choices=("auto", "socket"),
+        default="auto",
+        help="socket: never use shared memory for register accesses (default: auto)",
+    )
+    host.add_argument(
+        "--cpu",
+        metavar="N",
+        type=_integer,
+        help="host CPU for the vCPU and its device processes (default: chosen at start)",
+    )
+
+
+def add_guests(commands: Any) -> None:
+    parser = commands.add_parser("guests", help="list the built-in guests")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_guests)
+
+
+def add_jail(commands: Any) -> None:
+    parser = commands.add_parser(
+        "jail",
+        help="show what jail each device gets on this host",
+        description="Starts each default device in its jail and prints what was enforced, layer "
+        "by layer, as verified from inside the device's process.",
+    )
+    parser.add_argument("--jail", choices=("auto", "strict", "off"), default="auto")
+    parser.add_argument(
+        "--device", metavar="MODEL[,OPTION=VALUE]...", action="append", default=[], help="also this"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_jail)
+
+
+def add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="device isolation, crash and suspend as lessons",
+        description="Without a name, lists the demos.",
+    )
+    parser.add_argument("name", nargs="?", help="isolation, crash or suspend")
+    parser.add_argument("--json", action="store_true", help="what was shown, as JSON")
+    parser.set_defaults(run=_demo)
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure accesses, CPU speed, device start and snapshots",
+        description="Every figure is the median of several rounds in one run; ratios compare "
+        "figures of that run, since hosts are noisy.",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
+    parser.set_defaults(run=_bench)
+
+
+def _boot(args: argparse.Namespace) -> int:
+    from vmm.cli.run import boot
+
+    return boot(args)
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from vmm.cli.run import restore
+
+    return restore(args)
+
+
+def _guests(args: argparse.Namespace) -> int:
+    from vmm.cli.lists import guests
+
+    return guests(args)
+
+
+def _jail(args: argparse.Namespace) -> int:
+    from vmm.cli.lists import jail
+
+    return jail(args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from vmm.demo import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from vmm.cli.bench import run
+
+    return run(args)

@@ -1,0 +1,210 @@
+"""The machine's configuration: one validated value, saved in every snapshot's manifest.
+
+A machine is built from it in the same way at boot and at restore. What belongs to the host and not
+to the machine (jail mode, deadlines, where the console goes) is in `HostOptions` and is not saved.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from devices.errors import UserError
+from proxy.jail import JailMode
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+"""Device names become file names in a snapshot, so they are kept to this."""
+
+DEFAULT_MEMORY = 128 << 20
+CONSOLE = "serial"
+"""The name of the device that the terminal is connected to, if there is one."""
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """One device of a machine.
+
+    Attributes:
+        name: unique in the machine; keys its state in snapshots.
+        model: a name from `devices.registry`, or ``package.module:Class``.
+        options: the model's own options.
+        isolated: whether it gets a jailed process; False keeps it in the machine's process.
+        addr: where its only bus region starts; None: where the model says.
+        irq: the ISA interrupt line (0..15) of its pin; None: what the model says.
+        slot: its PCI device number (1..31); None: the lowest that is free.
+        may_exit: whether its exit requests are obeyed.
+    """
+
+    name: str
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    isolated: bool = True
+    addr: int | None = None
+    irq: int | None = None
+    slot: int | None = None
+    may_exit: bool = False
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UserError(
+                f"device name '{self.name}': use 1 to 32 of a-z 0-9 . _ -, first a letter or digit"
+            )
+        if self.irq is not None and not 0 <= self.irq <= 15:
+            raise UserError(f"device '{self.name}': irq={self.irq} is not a line from 0 to 15")
+        if self.slot is not None and not 1 <= self.slot <= 31:
+            raise UserError(f"device '{self.name}': slot={self.slot} is not from 1 to 31")
+        if self.addr is not None and not 0 <= self.addr < 1 << 64:
+            raise UserError(f"device '{self.name}': addr={self.addr:#x} is no 64-bit address")
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """The shape of a machine: what a snapshot must find again.
+
+    Attributes:
+        memory: RAM in bytes.
+        devices: in the order of the command line.
+    """
+
+    memory: int = DEFAULT_MEMORY
+    devices: tuple[DeviceConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for device in self.devices:
+            if device.name in seen:
+                raise UserError(f"two devices are named '{device.name}'; give one a name=")
+            seen.add(device.name)
+
+
+class FailurePolicy(enum.StrEnum):
+    """What the machine does when a device process dies, hangs or breaks the protocol."""
+
+    STOP = "stop"
+    ISOLATE = "isolate"
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """How this host runs a machine; not part of its shape.
+
+    Attributes:
+        jail: which layers the device processes must have.
+        deadline: seconds that the machine waits for an answer of a device process.
+        on_failure: what a device failure means for the run.
+        fast_lane: whether accesses may go through shared memory where a CPU is free.
+        cpu: the host CPU for the vCPU and its device processes; None: chosen at start.
+    """
+
+    jail: JailMode = JailMode.AUTO
+    deadline: float = 5.0
+    on_failure: FailurePolicy = FailurePolicy.STOP
+    fast_lane: bool = True
+    cpu: int | None = None
+
+
+def default_devices() -> tuple[DeviceConfig, ...]:
+    """What every machine has unless told otherwise: serial, echo, a PCI function, debug exit."""
+    return (
+        DeviceConfig(CONSOLE, "serial"),
+        DeviceConfig("echo", "echo"),
+        DeviceConfig("config-space", "config-space"),
+        debug_exit(),
+    )
+
+
+def debug_exit() -> DeviceConfig:
+    """The debug-exit port: in the machine's process, since it ends the machine."""
+    return DeviceConfig("debug-exit", "debug-exit", isolated=False, may_exit=True)
+
+
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)\s*([kmg]?)(i?b)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """A size in bytes from ``64M``, ``1G``, ``0x100000`` or plain bytes.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"'{text}' is not a size; write for example 64M, 1G or 0x4000000")
+    return int(match[1], 0) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
+
+
+def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
+    """A device from ``MODEL[,option=value]...``.
+
+    ``name=``, ``addr=``, ``irq=``, ``slot=`` and ``isolation=jail|none`` mean the same for every
+    model; all else is the model's.
+
+    Args:
+        taken: names that are in use; a device without ``name=`` avoids them.
+
+    Raises:
+        UserError: the text is not of that form, or the model lacks such an option.
+    """
+    from devices import registry
+
+    model, *pairs = text.split(",")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UserError(f"--device {text}: '{pair}' is not option=value")
+        if key in options:
+            raise UserError(f"--device {text}: option '{key}' is given twice")
+        options[key] = value
+    isolation = options.pop("isolation", "jail")
+    if isolation not in ("jail", "none"):
+        raise UserError(f"--device {text}: isolation is 'jail' or 'none', not '{isolation}'")
+    general = {key: _number(text, key, options) for key in ("addr", "irq", "slot")}
+    name = options.pop("name", None) or _free_name(model, taken)
+    registry.parse_options(registry.load(model), options)
+    return DeviceConfig(
+        name,
+        model,
+        options,
+        isolated=isolation == "jail",
+        may_exit=model == "debug-exit",
+        **general,
+    )
+
+
+def _number(text: str, key: str, options: dict[str, Any]) -> int | None:
+    value = options.pop(key, None)
+    if value is None:
+        return None
+    try:
+        return int(value, 0)
+    except ValueError:
+        raise UserError(f"--device {text}: {key}={value} is not a number") from None
+
+
+def _free_name(model: str, taken: Iterable[str]) -> str:
+    base = re.sub(r"[^a-z0-9._-]", "-", model.rpartition(":")[2].lower())[:28] or "device"
+    names = set(taken)
+    if base not in names:
+        return base
+    return next(name for n in range(2, 1000) if (name := f"{base}-{n}") not in names)
+
+
+def difference(saved: MachineConfig, wanted: MachineConfig) -> str | None:
+    """How two shapes differ, in words that name the first difference; None if they do not."""
+    if saved.memory != wanted.memory:
+        return f"memory is {saved.memory >> 20} MiB there and {wanted.memory >> 20} MiB here"
+    there: Mapping[str, DeviceConfig] = {device.name: device for device in saved.devices}
+    here: Mapping[str, DeviceConfig] = {device.name: device for device in wanted.devices}
+    for name in there:
+        if name not in here:
+            return f"device '{name}' is missing here"
+    for name, device in here.items():
+        if name not in there:
+            return f"device '{name}' is not in the snapshot"
+        if device != there[name]:
+            return f"device '{name}' is configured differently"
+    return None

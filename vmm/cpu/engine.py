@@ -1,0 +1,483 @@
+"""The vCPU: runs guest code, stops exactly, delivers exceptions and interrupts.
+
+One engine serves every mode of the CPU. Guest RAM is mapped into it; everything else of the
+physical space is I/O, answered by the two buses. All of it happens on the thread that calls `run`;
+only `kick` may be called from another.
+
+What the engine leaves to us, and where it is done: exceptions and interrupts (`delivery`), SYSCALL
+and SYSENTER (`fastcall`), CPUID (`cpuid`), stops (`budget`), the hidden state (`registers`).
+
+Callbacks are called by machine code and must not raise: each catches everything, the first
+failure ends the run, and `run` raises it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from devices.bus import ALL_ONES, Bus
+from vmm.cpu import cpuid
+from vmm.cpu.budget import NO_LIMIT, Budget
+from vmm.cpu.context import CR0_PG, CS, F_AC, F_IF, Context
+from vmm.cpu.delivery import (
+    HAS_ERROR_CODE,
+    INVALID_OPCODE,
+    PROTECTION,
+    Delivery,
+    Source,
+    TripleFault,
+)
+from vmm.cpu.fastcall import FastCalls
+from vmm.cpu.layout import H_CPL, H_CS64, H_LMA, H_SHADOW, H_SMAP
+from vmm.cpu.library import (
+    DATA_ERRORS,
+    FETCH_ERRORS,
+    HOOK_INTERRUPT,
+    HOOK_INVALID,
+    REG,
+    CpuidCallback,
+    Engine,
+    InCallback,
+    InterruptCallback,
+    InvalidCallback,
+    MmioReadCallback,
+    MmioWriteCallback,
+    OutCallback,
+    SyscallCallback,
+    error_name,
+)
+from vmm.cpu.paging import PHYSICAL_BITS, Fault, Linear, Physical
+from vmm.cpu.registers import Registers
+from vmm.cpu.state import CpuState
+from vmm.memory import GuestMemory
+
+EXCEPTION_COST = 64
+"""Budget spent for each delivered exception, so that endless exceptions end a run too."""
+
+STEP_COST = 4
+"""What `Cpu.step` adds to the virtual clock for each instruction."""
+
+_STEP_LIMIT = 64 * EXCEPTION_COST
+"""Ends a step of an instruction that can never be fetched; more than any block has bytes."""
+
+_PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_PREFIXES64 = _PREFIXES + bytes(range(0x40, 0x50))
+
+_ALIAS = 1 << 63
+"""Upper half of addresses that no guest uses: see `Cpu.invalidate`."""
+
+
+class StopReason(enum.Enum):
+    """Why `Cpu.run` came back."""
+
+    BUDGET = "budget"
+    HALT = "halt"
+    SHUTDOWN = "shutdown"
+    REQUESTED = "requested"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """`detail` is one line for people, mostly empty."""
+
+    reason: StopReason
+    detail: str = ""
+
+
+_BUDGET = Stop(StopReason.BUDGET)
+_HALT = Stop(StopReason.HALT)
+_REQUESTED = Stop(StopReason.REQUESTED)
+_STEPPED = Stop(StopReason.BUDGET)
+
+
+class Cpu:
+    """One vCPU over a guest memory and two buses; it begins in the state after reset.
+
+    Args:
+        memory: its regions are mapped here; close it after the CPU.
+        ports: answers IN and OUT.
+        mmio: answers every physical address that is not RAM, up to 2**40.
+        native: False forces the slow portable block hook.
+
+    Raises:
+        CalibrationError: this build of the library cannot be used.
+    """
+
+    def __init__(self, memory: GuestMemory, ports: Bus, mmio: Bus, *, native: bool = True) -> None:
+        self.halted = False
+        self._kicked = False
+        self._requested = False
+        self._final: Stop | None = None
+        self._failure: BaseException | None = None
+        self._regions = [(region.start, region.end) for region in memory.regions]
+        self._engine = engine = Engine()
+        for region in memory.regions:
+            engine.map_ram(region.start, region.size, region.address)
+        self._budget = Budget(engine, native)
+        self._words = self._budget.words
+        self._context = context = Context(engine)
+        self._physical = Physical(memory, mmio)
+        self._linear = Linear(context, self._physical)
+        self._delivery = Delivery(context, self._linear)
+        self._fast = FastCalls(context, self._linear)
+        self._registers = Registers(context, self._budget)
+        self._install_io(ports, mmio)
+        self._install_traps()
+        self.set_state(CpuState())
+
+    def close(self) -> None:
+        """Free the engine and let go of guest memory; harmless when repeated."""
+        if self._engine.handle is not None:
+            self._engine.close()
+            self._physical.close()
+
+    # State.
+
+    def get_state(self) -> CpuState:
+        """All architectural registers, as of the last instruction boundary."""
+        return self._registers.capture(self.halted)
+
+    def set_state(self, state: CpuState) -> None:
+        """Take up `state`, and drop every cached translation of addresses and code.
+
+        Raises:
+            UserError: the state is damaged; it names the field, and nothing was changed.
+        """
+        self._registers.load(state)
+        self.halted = state.halted
+        self._final = None
+        self._requested = False
+
+    @property
+    def executed(self) -> int:
+        """Bytes of guest code executed since this object was made: the virtual clock.
+
+        It grows by the size of each translated block at the block's start, and by
+        `EXCEPTION_COST` for each delivered exception or interrupt.
+        """
+        return self._words[0]
+
+    # Running.
+
+    def run(self, budget: int) -> Stop:
+        """Run until about `budget` bytes of code were executed or something else stops the CPU.
+
+        A stop by budget or `kick` falls on the start of a block: no instruction is run twice or
+        skipped. The last block may overdraw the budget by its own size (less than 4 KiB).
+        """
+        return self._run(budget, 0)
+
+    def step(self, count: int = 1) -> Stop:
+        """Execute exactly `count` instructions; slow, it drops all translated code.
+
+        What counts: each iteration of a repeated string instruction, and an instruction that
+        faults (delivering the fault belongs to it). Other stops end a step early. The virtual
+        clock advances by `STEP_COST` for each instruction.
+        """
+        for _ in range(count):
+            before = self._words[0]
+            after_halt = self._after_halt()
+            stop = self._run(_STEP_LIMIT, 1)
+            self._words[0] = before + STEP_COST
+            if stop is not _STEPPED:
+                return stop
+            if self._engine.read(REG.UC_X86_REG_RIP) == after_halt:
+                self.halted = True
+                return _HALT
+        return _BUDGET
+
+    def _after_halt(self) -> int | None:
+        """RIP behind the next instruction if that is HLT: a counted run hides why it ended."""
+        context = self._context
+        context.save()
+        rip = context.rip
+        base = 0 if context.hidden & H_CS64 else context.base(CS)
+        code = self.read_linear(base + rip, 15)
+        opcode = code.lstrip(_PREFIXES64 if context.hidden & H_CS64 else _PREFIXES)
+        return rip + len(code) - len(opcode) + 1 if opcode[:1] == b"\xf4" else None
+
+    def _run(self, budget: int, count: int) -> Stop:
+        if self._final is not None:
+            return self._final
+        if self.halted:
+            return _HALT
+        engine, words = self._engine, self._words
+        self._budget.arm(min(budget, NO_LIMIT))
+        if self._kicked:  # a kick that came before the limit was set
+            self._kicked = False
+            return _BUDGET
+        while True:
+            code = engine.start(engine.read(REG.UC_X86_REG_RIP), count)
+            self._kicked = False
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+            if code:
+                self._on_error(code)
+            if self._final is not None:
+                return self._final
+            if self._requested:
+                self._requested = False
+                return _REQUESTED
+            if words[3]:
+                return _BUDGET
+            if not code:
+                break
+        if count:
+            return _STEPPED
+        self.halted = True
+        return _HALT
+
+    def kick(self) -> None:
+        """From any thread: end the current run before its next block, or else the next run."""
+        self._kicked = True
+        self._words[1] = -1
+
+    def stop_now(self) -> None:
+        """From a bus callback: end the run after this access.
+
+        In an OUT it stops right behind the instruction; elsewhere that would repeat the access for
+        ever, so it stops before the next block, like `kick`.
+        """
+        self._requested = True
+        self._words[1] = -1
+
+    # Interrupts.
+
+    def interruptible(self) -> bool:
+        """Whether an external interrupt can be taken now: IF is set, and no shadow."""
+        context = self._context
+        context.save()
+        at = context.at
+        return bool(context.words[at.eflags_w] & F_IF and not context.words[at.hflags_w] & H_SHADOW)
+
+    def inject(self, vector: int) -> Stop | None:
+        """Enter the handler of an external interrupt and wake from HLT.
+
+        Only between runs, and only when `interruptible`.
+
+        Returns:
+            None, or the SHUTDOWN stop if that ended in a triple fault.
+        """
+        self._context.save()
+        self.halted = False
+        self._deliver(vector, None, Source.EXTERNAL)
+        return self._final
+
+    def _deliver(self, vector: int, code: int | None, source: Source, note: str = "") -> bool:
+        """Deliver into the saved context and load it; True when the run must end."""
+        words = self._words
+        try:
+            self._delivery.deliver(vector, code, source, note)
+        except TripleFault as fault:
+            self._final = Stop(StopReason.SHUTDOWN, f"triple fault: {fault}")
+            return True
+        self._context.restore()
+        words[0] += EXCEPTION_COST
+        if words[0] < words[1]:
+            return False
+        words[3] = 1
+        return True
+
+    # Memory.
+
+    def translate(self, linear: int) -> int | None:
+        """Where a linear address lies in physical memory; None if it is not mapped.
+
+        Like a real access it sets accessed bits.
+        """
+        self._context.save()
+        try:
+            return self._linear.translate(linear)
+        except Fault:
+            return None
+
+    def read_linear(self, address: int, length: int) -> bytes:
+        """RAM at a linear address, for reports: as many of the bytes as are mapped."""
+        data = b""
+        while len(data) < length:
+            place = self.translate(address + len(data) & (1 << 64) - 1)
+            part = min(length - len(data), 0x1000 - (address + len(data) & 0xFFF))
+            if place is None or self._physical.window(place, part) is None:
+                break
+            data += self._physical.read(place, part)
+        return data
+
+    def invalidate(self, address: int, length: int) -> None:
+        """Forget code translated from this guest-physical range, because a device wrote there.
+
+        May be called between runs and in bus callbacks. Parts that are not RAM are ignored.
+
+        The library takes virtual addresses only, and skips what the guest cannot execute. So for
+        the time of the call the CPU has paging off and 64-bit addresses, of which bit 63 does
+        not reach memory, and uses a set of TLB entries (that of SMAP) that guests never use.
+        """
+        context, at = self._context, self._context.at
+        context.save()
+        words, longs = context.words, context.longs
+        cr0, hidden, flags = longs[at.cr], words[at.hflags_w], words[at.eflags_w]
+        longs[at.cr] = cr0 & ~CR0_PG
+        words[at.hflags_w] = hidden & ~H_CPL | H_LMA | H_SMAP
+        words[at.eflags_w] = flags & ~F_AC
+        context.restore()
+        for start, end in self._regions:
+            first, last = max(start, address), min(end, address + length)
+            if first < last:
+                self._engine.remove_translations(_ALIAS | first, (_ALIAS | first) + last - first)
+        longs[at.cr], words[at.hflags_w], words[at.eflags_w] = cr0, hidden, flags
+        context.restore()
+
+    # What the engine calls.
+
+    def _fail(self, failure: BaseException) -> None:
+        """Keep the first exception of a callback and end the run."""
+        if self._failure is None:
+            self._failure = failure
+        self._words[1] = -1
+
+    def _install_io(self, ports: Bus, mmio: Bus) -> None:
+        engine, fail, cpu = self._engine, self._fail, self
+        stop = engine.stop
+        port_read, port_write = ports.read, ports.write
+
+        def on_in(_engine: int, port: int, size: int, _data: int) -> int:
+            try:
+                return port_read(port, size)
+            except BaseException as failure:
+                fail(failure)
+                return ALL_ONES[size]
+
+        def on_out(_engine: int, port: int, size: int, value: int, _data: int) -> None:
+            try:
+                port_write(port, size, value)
+                if cpu._requested:
+                    stop()
+            except BaseException as failure:
+                fail(failure)
+
+        engine.hook_instruction(REG.UC_X86_INS_IN, InCallback(on_in))
+        engine.hook_instruction(REG.UC_X86_INS_OUT, OutCallback(on_out))
+        start = 0
+        for first, last in (*self._regions, (1 << PHYSICAL_BITS, 0)):
+            if start < first:
+                read, write = _window(start, mmio, fail)
+                engine.map_io(start, first - start, read, write)
+            start = last
+
+    def _install_traps(self) -> None:
+        engine = self._engine
+        trap: Callable[..., Any]
+        for kind, prototype, trap in (
+            (HOOK_INTERRUPT, InterruptCallback, self._on_interrupt),
+            (HOOK_INVALID, InvalidCallback, self._on_invalid),
+        ):
+            engine.hook(kind, prototype(self._guarded(trap)))
+        for instruction, prototype, trap in (
+            (REG.UC_X86_INS_CPUID, CpuidCallback, self._on_cpuid),
+            (REG.UC_X86_INS_SYSCALL, SyscallCallback, self._on_syscall),
+            (REG.UC_X86_INS_SYSENTER, SyscallCallback, self._on_sysenter),
+        ):
+            engine.hook_instruction(instruction, prototype(self._guarded(trap)))
+
+    def _guarded(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        fail, stop = self._fail, self._engine.stop
+
+        def guarded(*arguments: Any) -> Any:
+            try:
+                return action(*arguments)
+            except BaseException as failure:
+                fail(failure)
+                stop()
+                return 1
+
+        return guarded
+
+    def _on_interrupt(self, _engine: int, vector: int, _data: int) -> None:
+        context = self._context
+        context.save()
+        words, at = context.words, context.at
+        if vector > 0xFF:
+            self._final = Stop(StopReason.ERROR, f"the engine raised event {vector:#x}")
+            ends = True
+        elif words[at.is_software_w]:
+            ends = self._deliver(vector, None, Source.SOFTWARE)
+        else:
+            code = words[at.error_code_w] if vector in HAS_ERROR_CODE else None
+            ends = self._deliver(vector, code, Source.EXCEPTION)
+        if ends:
+            self._engine.stop()
+
+    def _on_invalid(self, _engine: int, _data: int) -> bool:
+        self._context.save()
+        if self._deliver(INVALID_OPCODE, None, Source.EXCEPTION):
+            self._engine.stop()
+        return True
+
+    def _on_cpuid(self, _engine: int, _data: int) -> int:
+        context = self._context
+        context.save()
+        longs, gpr = context.longs, context.at.gpr
+        # EAX, EBX, ECX, EDX in the order of the encoding: 0, 3, 1, 2.
+        longs[gpr], longs[gpr + 3], longs[gpr + 1], longs[gpr + 2] = cpuid.cpuid(
+            longs[gpr] & 0xFFFF_FFFF
+        )
+        context.restore()
+        return 1
+
+    def _on_syscall(self, _engine: int, _data: int) -> None:
+        self._fast_call(self._fast.syscall, 0x05)
+
+    def _on_sysenter(self, _engine: int, _data: int) -> None:
+        self._fast_call(self._fast.sysenter, 0x34)
+
+    def _fast_call(self, action: Callable[[int], None], opcode: int) -> None:
+        """Do SYSCALL or SYSENTER. The engine adds the instruction's length to RIP afterwards."""
+        context = self._context
+        context.save()
+        length = self._fast.length(opcode)
+        try:
+            action(length)
+        except Fault as fault:
+            if self._deliver(fault.vector, fault.code, Source.EXCEPTION):
+                self._words[1] = -1
+        context.rip -= length
+        context.restore()
+
+    def _on_error(self, code: int) -> None:
+        """The engine gave up at an access: make it the fault that comes nearest."""
+        context = self._context
+        context.save()
+        if code in FETCH_ERRORS:
+            # Device memory holds no code: what it reads as is no instruction.
+            self._deliver(INVALID_OPCODE, None, Source.EXCEPTION, "fetch from device memory")
+        elif code in DATA_ERRORS:
+            # Beyond the physical address space the chipset aborts the access.
+            self._deliver(PROTECTION, 0, Source.EXCEPTION, "access beyond physical memory")
+        else:
+            self._final = Stop(
+                StopReason.ERROR, f"the CPU engine stopped at {context.rip:#x}: {error_name(code)}"
+            )
+
+
+def _window(base: int, mmio: Bus, fail: Callable[[BaseException], None]) -> tuple[Any, Any]:
+    """The callbacks of the I/O window that begins at `base`."""
+    bus_read, bus_write = mmio.read, mmio.write
+
+    def read(_engine: int, offset: int, size: int, _data: int) -> int:
+        try:
+            return bus_read(base + offset, size)
+        except BaseException as failure:
+            fail(failure)
+            return ALL_ONES[size]
+
+    def write(_engine: int, offset: int, size: int, value: int, _data: int) -> None:
+        try:
+            bus_write(base + offset, size, value)
+        except BaseException as failure:
+            fail(failure)
+
+    return MmioReadCallback(read), MmioWriteCallback(write)

@@ -1,0 +1,467 @@
+"""The machine: builds itself from one configuration, runs a guest, suspends, snapshots, restores.
+
+Reads top to bottom: what a machine is made of, how it is built, booted, run, stopped and saved.
+Everything here happens on the thread that calls `run` (the vCPU thread).
+
+    with Machine() as machine:
+        machine.boot("hello")
+        outcome = machine.run(timeout=5)
+        print(machine.output, outcome.ending)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+
+import guests
+from devices import registry
+from devices.bus import BusType, Range
+from devices.contract import Device, DeviceHost
+from devices.errors import DeviceError, DeviceFailure, UserError
+from devices.pci.intx import PIRQ_IRQS
+from proxy.jail import JailMode
+from vmm import snapshot as snapshots
+from vmm.attachment import Attachment, DeviceFactory
+from vmm.boot.loader import load
+from vmm.boot.options import BootOptions, BootResult
+from vmm.config import (
+    DEFAULT_MEMORY,
+    NAME,
+    DeviceConfig,
+    HostOptions,
+    MachineConfig,
+    default_devices,
+    difference,
+    parse_size,
+)
+from vmm.console import ConsoleBuffer
+from vmm.interrupt import noted_signals
+from vmm.outcome import Ending, Outcome
+from vmm.parts import Parts
+from vmm.vcpu import UNLIMITED
+
+PCI_WINDOW_TOP = 0xFEC0_0000
+"""Where the window for BARs ends: what follows belongs to interrupt controllers and firmware."""
+PCI_WINDOW_LOW = 0xE000_0000
+"""Where that window starts, so that BARs lie at the same place whatever the size of RAM."""
+ELCR_HIGH = 0x4D1
+"""Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
+
+
+class Machine:
+    """One virtual machine.
+
+    Args:
+        config: its whole shape; None: `memory` and the default devices.
+        memory: RAM in bytes, or as text ("64M"); ignored if `config` is given.
+        devices: the devices; None: the default ones; ignored if `config` is given.
+        host: how this host runs it.
+        jail: short for ``host.jail``.
+
+    Raises:
+        UserError: a configuration that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig | None = None,
+        *,
+        memory: int | str = DEFAULT_MEMORY,
+        devices: tuple[DeviceConfig, ...] | None = None,
+        host: HostOptions | None = None,
+        jail: JailMode | str | None = None,
+    ) -> None:
+        if config is None:
+            size = parse_size(memory) if isinstance(memory, str) else memory
+            config = MachineConfig(size, default_devices() if devices is None else devices)
+        self.config = config
+        self.host = host or HostOptions()
+        if jail is not None:
+            self.host = replace(self.host, jail=JailMode(jail))
+        self.console = ConsoleBuffer()
+        self.suspended = False
+        self.between: Callable[[], None] | None = None
+        """Called between slices when anything happened; may call any method of the machine."""
+        self._signal = 0
+        self._factories: dict[str, DeviceFactory] = {}
+        self._parts: Parts | None = None
+        self._loaded: BootResult | None = None
+        self._closed = False
+
+    # Shape.
+
+    def add_device(
+        self,
+        model: str | type[Device] | Callable[[DeviceHost], Device],
+        name: str | None = None,
+        *,
+        isolated: bool = True,
+        addr: int | None = None,
+        irq: int | None = None,
+        slot: int | None = None,
+        may_exit: bool = False,
+        **options: Any,
+    ) -> str:
+        """Attach a device; only before the first `boot`, `restore` or `run`.
+
+        Args:
+            model: a model's name, a `Device` subclass of your own, or a function that makes a
+                device from its `DeviceHost` (it runs in the device's process).
+            isolated: False keeps the device in the machine's process.
+            addr, irq, slot, may_exit: see `DeviceConfig`.
+            options: the model's own.
+
+        Returns:
+            The device's name.
+
+        Raises:
+            UserError: wrong options, a name that is taken, or a machine that is built already.
+        """
+        if self._parts is not None:
+            raise UserError("devices can be added only before the machine is built")
+        text, factory = _model_and_factory(model, options)
+        if name is None:
+            taken = {device.name for device in self.config.devices}
+            base = text.rpartition(":")[2].rpartition(".")[2].lower()
+            base = base if NAME.fullmatch(base) else "device"
+            numbered = (f"{base}-{n}" for n in itertools.count(2))
+            name = next(n for n in itertools.chain([base], numbered) if n not in taken)
+        device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit)
+        self.config = replace(self.config, devices=(*self.config.devices, device))
+        if factory is not None:
+            self._factories[name] = factory
+        return name
+
+    def build(self) -> None:
+        """Fork the device processes and make memory, CPU and buses; `boot` does it by itself.
+
+        Raises:
+            UserError: the configuration, or the jail that this host cannot provide.
+            DeviceError: a device that does not come up.
+        """
+        if self._closed:
+            raise UserError("this machine is closed")
+        if self._parts is None:
+            self._parts = Parts(
+                self.config, self.host, self._factories, self.console, self._between_slices
+            )
+
+    @property
+    def parts(self) -> Parts:
+        """What the machine is made of, for those who want to look inside."""
+        self.build()
+        assert self._parts is not None
+        return self._parts
+
+    # Running.
+
+    def boot(
+        self,
+        image: str | Path | bytes,
+        options: BootOptions | None = None,
+    ) -> BootResult:
+        """Load a guest: bytes, a file, or the name of one in `guests`.
+
+        Raises:
+            UserError: the image or the options; see `vmm.boot.loader.load`.
+        """
+        data, options = _image(image, options)
+        parts = self.parts
+        result = load(parts.memory, data, options)
+        self._play_firmware()
+        parts.cpu.set_state(result.state)
+        parts.symbols = result.symbols
+        self._loaded = result
+        return result
+
+    def _play_firmware(self) -> None:
+        """What a guest may expect to be done before it starts: BARs placed, PCI lines level."""
+        parts = self.parts
+        window = Range(PCI_WINDOW_LOW, PCI_WINDOW_TOP - PCI_WINDOW_LOW)
+        for problem in parts.pci.assign_resources(window):
+            parts.wiring.log("pci", problem)
+        level = sum(1 << irq - 8 for irq in set(PIRQ_IRQS))
+        parts.buses[BusType.PIO].write(ELCR_HIGH, 1, level)
+
+    def run(
+        self,
+        *,
+        until: str | bytes | None = None,
+        timeout: float | None = None,
+        budget: int | None = None,
+        steps: int | None = None,
+    ) -> Outcome:
+        """Run the guest until it ends or something below happens; it can be run on after that.
+
+        Args:
+            until: come back (`Ending.PAUSED`) when the console has printed this.
+            timeout: come back (`Ending.TIMEOUT`) after so many seconds.
+            budget: come back (`Ending.PAUSED`) after about so many bytes of executed code.
+            steps: come back (`Ending.PAUSED`) after exactly so many instructions; slow.
+        """
+        parts = self.parts
+        vcpu = parts.vcpu
+        watch = timer = None
+        if until is not None:
+            text = until.encode() if isinstance(until, str) else until
+            watch = self.console.watch(text, lambda: vcpu.stop(Outcome(Ending.PAUSED)))
+        if timeout is not None:
+            expired = Outcome(Ending.TIMEOUT, f"the guest ran for {timeout:g} s")
+            timer = parts.events.call_at(monotonic() + timeout, lambda: vcpu.stop(expired))
+        if self.suspended:
+            self.resume()
+        try:
+            with noted_signals(parts.events, self._noted_signal):
+                vcpu.run(UNLIMITED if budget is None else budget, steps)
+                self._settle()
+        finally:
+            if watch is not None:
+                self.console.unwatch(watch)
+            if timer is not None:
+                timer.cancel()
+        outcome = vcpu.take_outcome()
+        if outcome.ending is Ending.INTERRUPTED and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        return outcome
+
+    def _noted_signal(self, number: int) -> None:
+        self._signal = number
+        self.stop(Outcome(Ending.INTERRUPTED, signal.Signals(number).name))
+
+    def _between_slices(self) -> None:
+        """Between two slices of execution, when anything happened: what callbacks must not do."""
+        if not self.suspended:
+            self._push_input()
+        if self.between is not None:
+            self.between()
+
+    def _push_input(self) -> None:
+        device = self.parts.console_device
+        if device is not None:
+            try:
+                self.console.push(device.receive)
+            except DeviceError as error:
+                self.parts.wiring.log(error.device, error.reason)
+
+    def stop(self, outcome: Outcome | None = None) -> None:
+        """Make `run` come back; from callbacks on the vCPU thread."""
+        self.parts.vcpu.stop(outcome or Outcome(Ending.QUIT))
+
+    def send(self, data: str | bytes) -> None:
+        """Type on the guest's console."""
+        self.console.feed(data.encode() if isinstance(data, str) else data)
+        if self._parts is not None:
+            self._parts.request_attention()
+
+    @property
+    def output(self) -> bytes:
+        """What the guest has printed on its console so far."""
+        return bytes(self.console.output)
+
+    # Suspend, snapshot, restore.
+
+    def suspend(self) -> None:
+        """Put every device to sleep: nothing happens any more until `resume`.
+
+        Devices sleep in the order of their buses, port I/O first, each once; then what they said
+        last is handled, so that no interrupt is in flight.
+
+        Raises:
+            DeviceError: a device refused or failed; those that slept are awake again.
+        """
+        parts = self.parts
+        if self.suspended:
+            return
+        slept: list[Attachment] = []
+        try:
+            for attachment in parts.sleep_order():
+                attachment.device.sleep()
+                slept.append(attachment)
+        except DeviceError:
+            for attachment in reversed(slept):
+                _wake_quietly(attachment)
+            raise
+        parts.drain()
+        self.suspended = parts.vcpu.suspended = True
+
+    def resume(self) -> None:
+        """Wake every device; the guest goes on with `run`.
+
+        Raises:
+            DeviceError: a device failed to wake; the others are awake.
+        """
+        if not self.suspended:
+            return
+        parts = self.parts
+        self.suspended = parts.vcpu.suspended = False
+        failures = []
+        for attachment in reversed(parts.sleep_order()):
+            try:
+                attachment.device.wake()
+            except DeviceError as error:
+                failures.append(error)
+        parts.request_attention()
+        if failures:
+            raise failures[0]
+
+    def snapshot(self, path: str | Path) -> None:
+        """Save the whole machine as a directory (see `vmm.snapshot`); the guest can go on.
+
+        Raises:
+            DeviceError: a device cannot be saved; nothing was written and the guest can go on.
+            UserError: the directory cannot be written.
+        """
+        was_suspended = self.suspended
+        self.suspend()
+        try:
+            parts = self.parts
+            saved = snapshots.Snapshot(
+                config=self.config,
+                engine=parts.cpu.version,
+                cpu=parts.cpu.get_state(),
+                devices={a.name: a.device.snapshot() for a in parts.stateful()},
+                executed=parts.cpu.executed,
+                console=snapshots.ConsoleState(self.console.pending),
+            )
+            snapshots.save(Path(path), saved, parts.memory)
+        finally:
+            if not was_suspended:
+                self.resume()
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | Path,
+        *,
+        host: HostOptions | None = None,
+        jail: JailMode | str | None = None,
+        factories: Mapping[str, DeviceFactory | type[Device]] | None = None,
+    ) -> Machine:
+        """A machine that goes on where a snapshot was taken, with devices newly forked.
+
+        Args:
+            factories: for devices that were added as a function: the function, by device name.
+
+        Raises:
+            UserError: the snapshot is damaged, of a newer format or does not fit.
+            DeviceError: a device refuses its state.
+        """
+        path = Path(path)
+        manifest = snapshots.load_manifest(path)
+        machine = cls(manifest.config, host=host, jail=jail)
+        for name, given in (factories or {}).items():
+            _, factory = _model_and_factory(given, {})
+            assert factory is not None
+            machine._factories[name] = factory
+        try:
+            machine._load(path)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
+
+    def _load(self, path: Path) -> None:
+        parts = self.parts
+        saved = snapshots.load(path, parts.memory)
+        change = difference(saved.config, self.config)
+        if change is not None:
+            raise UserError(f"snapshot {path} does not fit this machine: {change}")
+        expected = {attachment.name for attachment in parts.stateful()}
+        for name in sorted(expected ^ saved.devices.keys()):
+            lacks = "lacks" if name in expected else "has a state that nobody owns:"
+            raise UserError(f"snapshot {path} {lacks} device '{name}'")
+        self.suspend()
+        # The platform's own devices come last: what the others say on their interrupt lines
+        # while they are restored is already part of the interrupt controller's saved state.
+        for attachment in parts.stateful():
+            attachment.device.restore(saved.devices[attachment.name])
+            parts.drain()
+        parts.pci.remap()
+        try:
+            parts.cpu.set_state(saved.cpu)
+        except ValueError as error:
+            raise UserError(f"snapshot {path}: cpu.json: {error}") from error
+        parts.cpu.executed = saved.executed
+        self.console.feed(saved.console.pending_input)
+
+    # The end.
+
+    def _settle(self) -> None:
+        """Have every posted write done and every byte of output here before `run` returns."""
+        if not self.suspended:
+            try:
+                self.suspend()
+                self.resume()
+            except DeviceFailure:
+                pass  # it is reported by `Wiring.failed` already
+            except DeviceError as error:
+                self.parts.wiring.log(error.device, error.reason)
+
+    def close(self) -> None:
+        """Shut every device down, reap its process, release everything; harmless when repeated."""
+        self._closed = True
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            parts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _wake_quietly(attachment: Attachment) -> None:
+    # The error that made us wake it again is the one to report.
+    with contextlib.suppress(DeviceError):
+        attachment.device.wake()
+
+
+def _model_and_factory(
+    model: str | type[Device] | Callable[[DeviceHost], Device], options: Mapping[str, Any]
+) -> tuple[str, DeviceFactory | None]:
+    """A name for the configuration, and how to make the device if the name is not enough."""
+    if isinstance(model, str):
+        registry.parse_options(registry.load(model), options)
+        return model, None
+    if isinstance(model, type):
+        values = registry.parse_options(model, options)
+        kind = model
+        return f"{model.__module__}:{model.__qualname__}", lambda host: kind(host, values)
+    if options:
+        raise UserError("options are for a model; a function knows its own")
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    return f"{getattr(model, '__module__', '')}:{name}", model
+
+
+def _image(image: str | Path | bytes, options: BootOptions | None) -> tuple[bytes, BootOptions]:
+    if isinstance(image, bytes):
+        return image, options or BootOptions()
+    if isinstance(image, str) and image in guests.GUESTS:
+        guest = guests.GUESTS[image]
+        given = options or BootOptions()
+        chosen = replace(
+            given,
+            name=image,
+            load_addr=guest.load_addr if given.load_addr is None else given.load_addr,
+            mode=guest.mode if given.mode is None else given.mode,
+        )
+        return guests.image(image), chosen
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f"image {image}: {error.strerror}") from error
+    return data, options or BootOptions(name=str(image))

@@ -1,0 +1,91 @@
+"""How a run ends, and what exit status the command gives for it.
+
+The guest's own exit codes are the odd statuses (as with QEMU's isa-debug-exit: ``value << 1 | 1``),
+so everything that the machine itself has to say is even.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+
+class Ending(enum.StrEnum):
+    """Why `Machine.run` came back."""
+
+    HALTED = "halted"
+    """The guest executed HLT with interrupts off: it is finished."""
+    GUEST_EXIT = "guest-exit"
+    """The guest wrote to the debug-exit port."""
+    CRASHED = "crashed"
+    """Triple fault, or something that the CPU cannot go on from."""
+    DEVICE_FAILED = "device-failed"
+    """A device process died, hung or broke the protocol, and the policy is to stop."""
+    TIMEOUT = "timeout"
+    """The run's own time-out."""
+    QUIT = "quit"
+    """The user asked for the end (escape menu, end of `--snapshot-at`)."""
+    INTERRUPTED = "interrupted"
+    """Ctrl-C, or a request to terminate (SIGTERM)."""
+    PAUSED = "paused"
+    """`run` was told to come back here (output seen, time passed); the guest can go on."""
+
+
+class ExitStatus(enum.IntEnum):
+    """Statuses of the command that are not the guest's own; all even."""
+
+    OK = 0
+    USAGE = 2
+    CRASH = 4
+    DEVICE = 6
+    TIMEOUT = 8
+    JAIL = 10
+    INTERRUPTED = 130
+
+
+_STATUS = {
+    Ending.HALTED: ExitStatus.OK,
+    Ending.CRASHED: ExitStatus.CRASH,
+    Ending.DEVICE_FAILED: ExitStatus.DEVICE,
+    Ending.TIMEOUT: ExitStatus.TIMEOUT,
+    Ending.QUIT: ExitStatus.OK,
+    Ending.INTERRUPTED: ExitStatus.INTERRUPTED,
+    Ending.PAUSED: ExitStatus.OK,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `Machine.run` came back with.
+
+    Attributes:
+        ending: why.
+        detail: one line for people; "" if there is nothing to add.
+        guest_value: what the guest wrote to the debug-exit port.
+        device: the name of the device that failed.
+        report: a crash report of several lines, or "".
+    """
+
+    ending: Ending
+    detail: str = ""
+    guest_value: int | None = None
+    device: str | None = None
+    report: str = ""
+
+    @property
+    def status(self) -> int:
+        """The exit status of the command for this outcome, 0..255."""
+        if self.guest_value is not None:
+            return (self.guest_value << 1 | 1) & 0xFF
+        return _STATUS[self.ending]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {
+            "ending": str(self.ending),
+            "status": int(self.status),
+            "detail": self.detail,
+            "guest_value": self.guest_value,
+            "device": self.device,
+        }

@@ -1,0 +1,244 @@
+"""What a built machine is made of, and the order in which that is made and unmade.
+
+The warden comes first, before memory, the CPU engine and any thread exist, so that no device
+process inherits them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from devices.bus import Bus, BusType, Range
+from devices.contract import Device
+from devices.errors import DeviceFailure, UserError
+from devices.irqchip.pic import PicPair
+from devices.pci.host_bridge import PciRoot
+from devices.pci.intx import Slot
+from proxy.child_interface import ChildInterface
+from proxy.device import ProxyDevice
+from proxy.placement import Placement
+from proxy.warden import Warden
+from vmm.attachment import Attachment, DeviceFactory, LocalHost, build_local
+from vmm.config import CONSOLE, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
+from vmm.console import ConsoleBuffer
+from vmm.cpu.engine import Cpu
+from vmm.cpu.report import crash_report
+from vmm.events import EventLoop
+from vmm.memory import GuestMemory
+from vmm.outcome import Ending, Outcome
+from vmm.vcpu import VcpuLoop
+from vmm.wiring import Wiring
+
+PCI_MMIO_TOP = 0xFEC0_0000
+"""Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
+PHYSICAL_LIMIT = 1 << 40
+"""The guest's physical address space: 40 bits."""
+PIC_NAME, PCI_NAME = "pic", "pci"
+"""Names of the platform's own devices; they live in the machine's process."""
+
+
+class Parts:
+    """Builds everything in its constructor; on any error what was built is taken down again.
+
+    Args:
+        config: the machine's shape.
+        host: how this host runs it.
+        factories: for devices that are not made from a model's name.
+        console: of the device named "serial".
+        between: see `VcpuLoop`.
+
+    Raises:
+        UserError: the configuration, or a jail that cannot be had.
+        DeviceError: a device that does not come up.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        host: HostOptions,
+        factories: Mapping[str, DeviceFactory],
+        console: ConsoleBuffer,
+        between: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.host = host
+        self.symbols: list[tuple[int, int, str]] = []
+        self.attachments: list[Attachment] = []
+        self.proxies: list[ProxyDevice] = []
+        self._console = console
+        self._stack = ExitStack()
+        try:
+            self._build(factories, between)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, factories: Mapping[str, DeviceFactory], between: Callable[[], None]) -> None:
+        isolated = [device for device in self.config.devices if device.isolated]
+        self.warden = Warden(
+            [factories[d.name] for d in isolated if d.name in factories],
+            jail=self.host.jail,
+            deadline=self.host.deadline,
+        )
+        self._stack.callback(self.warden.close)
+        children = {}
+        with_factory = [d.name for d in isolated if d.name in factories]
+        for device in isolated:
+            index = with_factory.index(device.name) if device.name in factories else None
+            children[device.name] = self.warden.spawn(
+                device.name, device.model, device.options, factory=index
+            )
+        self.memory = GuestMemory(self.config.memory)
+        self._stack.callback(self.memory.close)
+        mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
+        self.buses = {BusType.PIO: Bus(BusType.PIO, 1 << 16), BusType.MMIO: mmio}
+        for region in self.memory.regions:
+            mmio.reserve(Range(region.start, region.size))
+        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio)
+        self._stack.callback(self.cpu.close)
+        self.events = EventLoop(self.cpu.kick)
+        self._stack.callback(self.events.close)
+        self._build_platform(between)
+        for device in self.config.devices:
+            child = children.get(device.name)
+            if child is None:
+                driven: Device | ProxyDevice = build_local(
+                    device, self.wiring, factories.get(device.name), {}
+                )
+                self._stack.callback(driven.close)
+            else:
+                driven = self._activate(child)
+            self._attach(device, driven)
+        self.console_device = next(
+            (a.device for a in self.attachments if a.name == CONSOLE and a.takes_input()), None
+        )
+
+    # Building.
+
+    def _build_platform(self, between: Callable[[], None]) -> None:
+        """The interrupt controllers and the PCI root, which live in this process."""
+        self.wiring = Wiring(
+            self.cpu,
+            attention=self.request_attention,
+            guest_exit=self._guest_exit,
+            device_failed=self._device_failed,
+            consoles={CONSOLE: self._console},
+        )
+        self.pic = PicPair(LocalHost(PIC_NAME, self.wiring, {}))
+        self.pci = PciRoot(
+            LocalHost(PCI_NAME, self.wiring, {}),
+            self.buses[BusType.MMIO],
+            self.buses[BusType.PIO],
+            set_irq_line=self.wiring.isa_line,
+            on_violation=self._pci_violation,
+        )
+        self.wiring.pic, self.wiring.pci = self.pic, self.pci
+        self.platform = [
+            Attachment(DeviceConfig(PCI_NAME, PciRoot.model, isolated=False), self.pci),
+            Attachment(DeviceConfig(PIC_NAME, PicPair.model, isolated=False), self.pic),
+        ]
+        for attachment in self.platform:
+            attachment.place(self.buses)
+        self.placement = Placement()
+        self.vcpu = VcpuLoop(
+            self.cpu, self.events, self.pic, between=between, crash_report=self._crash_report
+        )
+
+    def _activate(self, child: ChildInterface) -> ProxyDevice:
+        proxy = ProxyDevice(
+            child, self.wiring, deadline=self.host.deadline, placement=self.placement
+        )
+        self._stack.callback(proxy.shutdown)
+        self.proxies.append(proxy)
+        self.events.add(proxy.doorbell, lambda: self._rung(proxy))
+        self.events.add(proxy.pidfd, lambda: self._ended(proxy))
+        return proxy
+
+    def _attach(self, device: DeviceConfig, driven: Device | ProxyDevice) -> None:
+        attachment = Attachment(device, driven)
+        bars = attachment.pci_bars()
+        if bars is not None:
+            attachment.slot = self._free_slot(device)
+            self.pci.add(
+                Slot(attachment.slot),
+                driven,
+                device.name,
+                driven.handlers(),
+                bars,
+            )
+        elif device.slot is not None:
+            raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
+        attachment.place(self.buses)
+        self.attachments.append(attachment)
+        self.wiring.attached[device.name] = attachment
+
+    def _free_slot(self, device: DeviceConfig) -> int:
+        taken = {slot.device: owner for slot, owner in self.pci.slots()}
+        wished = {other.slot for other in self.config.devices if other is not device}
+        if device.slot is None:
+            for number in range(1, 32):
+                if number not in taken and number not in wished:
+                    return number
+            raise UserError(f"device '{device.name}': all 31 PCI slots are taken")
+        if device.slot in taken:
+            raise UserError(
+                f"device '{device.name}': slot {device.slot} is taken by '{taken[device.slot]}'"
+            )
+        return device.slot
+
+    # What the parts tell each other.
+
+    def _rung(self, proxy: ProxyDevice) -> None:
+        if proxy.drain():
+            self.request_attention()  # a bounded number at a time: others want their turn
+
+    def _ended(self, proxy: ProxyDevice) -> None:
+        self.events.remove(proxy.pidfd)
+        proxy.check()
+
+    def request_attention(self) -> None:
+        """Have the vCPU loop come back and look, soon."""
+        self.vcpu.attention = True
+        self.cpu.kick()
+        self.events.interrupt()
+
+    def _guest_exit(self, value: int) -> None:
+        self.vcpu.stop(Outcome(Ending.GUEST_EXIT, guest_value=value))
+
+    def _device_failed(self, failure: DeviceFailure) -> None:
+        self.pci.fail(failure.device)
+        if self.host.on_failure is FailurePolicy.STOP:
+            self.vcpu.stop(Outcome(Ending.DEVICE_FAILED, str(failure), device=failure.device))
+        self.request_attention()
+
+    def _pci_violation(self, owner: str, text: str) -> None:
+        for proxy in self.proxies:
+            if proxy.name == owner:
+                proxy.fail(text)
+
+    def _crash_report(self, detail: str) -> str:
+        return crash_report(self.cpu, detail, self.symbols)
+
+    # Quiet.
+
+    def stateful(self) -> list[Attachment]:
+        """Everything that a snapshot keeps; the platform last."""
+        return [*self.attachments, *self.platform]
+
+    def sleep_order(self) -> list[Attachment]:
+        """Every device once: those on the port bus, those on the MMIO bus, those on none."""
+        by_name = {attachment.name: attachment for attachment in self.attachments}
+        order = [entry.owner for bus in self.buses.values() for entry in bus]
+        names = dict.fromkeys([*order, *by_name])
+        return [by_name[name] for name in names if name in by_name]
+
+    def drain(self) -> None:
+        """Handle everything that device processes have said so far."""
+        for proxy in self.proxies:
+            while proxy.drain():
+                pass
+
+    def close(self) -> None:
+        """Take everything down, the devices first; harmless when repeated."""
+        self._stack.close()

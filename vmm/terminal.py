@@ -1,0 +1,203 @@
+"""The user's terminal: raw keystrokes in, the guest's bytes out, and the escape menu.
+
+On a terminal every key goes to the guest, Ctrl-C too; Ctrl-A opens the menu:
+
+    Ctrl-A h   help                    Ctrl-A s   suspend / resume
+    Ctrl-A x   quit                    Ctrl-A w   write a snapshot
+    Ctrl-A i   status                  Ctrl-A Ctrl-A   send Ctrl-A to the guest
+
+Input from a pipe or a file goes to the guest as it is, without a menu; its end, or a closed
+standard input, is no end of the guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmm.events import EventLoop
+
+ESCAPE = 0x01
+"""Ctrl-A."""
+HIGH_WATER = 64 << 10
+"""Input that the guest has not taken beyond which no more is read."""
+_CHUNK = 4096
+
+HELP = """\
+Ctrl-A h  this help             Ctrl-A s  suspend / resume the guest
+Ctrl-A x  quit                  Ctrl-A w  write a snapshot
+Ctrl-A i  status                Ctrl-A Ctrl-A  send Ctrl-A to the guest"""
+
+
+class Controls(Protocol):
+    """What the escape menu can do; the command line implements it."""
+
+    def quit(self) -> None: ...
+
+    def toggle_suspend(self) -> str: ...
+
+    def write_snapshot(self) -> str: ...
+
+    def status(self) -> str: ...
+
+
+class EscapeParser:
+    """Splits keystrokes into bytes for the guest and menu keys."""
+
+    def __init__(self) -> None:
+        self._escaped = False
+
+    def feed(self, data: bytes) -> list[tuple[str, bytes]]:
+        """("input", bytes) and ("menu", one key) in the order they were typed."""
+        parts: list[tuple[str, bytes]] = []
+        for byte in data:
+            kind = "input"
+            if self._escaped:
+                self._escaped = False
+                kind = "input" if byte == ESCAPE else "menu"
+            elif byte == ESCAPE:
+                self._escaped = True
+                continue
+            if kind == "input" and parts and parts[-1][0] == "input":
+                parts[-1] = ("input", parts[-1][1] + bytes([byte]))
+            else:
+                parts.append((kind, bytes([byte])))
+        return parts
+
+
+@dataclass
+class Terminal:
+    """Connects descriptors of this process with a guest's console.
+
+    Attributes:
+        feed: takes input for the guest.
+        backlog: how many bytes of input the guest has not taken yet.
+        say: prints a line of the menu for the user (not to the guest's output).
+        source: descriptor to read; -1: no input.
+    """
+
+    events: EventLoop
+    feed: Callable[[bytes], None]
+    backlog: Callable[[], int]
+    controls: Controls
+    say: Callable[[str], None]
+    source: int = 0
+
+    def __post_init__(self) -> None:
+        self._escape: EscapeParser | None = None
+        self._saved: list[object] | None = None
+        self._reading = False
+        self._pollable = True
+
+    def open(self) -> None:
+        """Start reading; raw mode on a terminal."""
+        try:
+            mode = os.fstat(self.source).st_mode
+        except OSError:
+            return  # standard input is closed: no input
+        if os.isatty(self.source):
+            self._escape = EscapeParser()
+            self._raw()
+        self._pollable = not stat.S_ISREG(mode)
+        self._start_reading()
+
+    def close(self) -> None:
+        """Stop reading and give the terminal back as it was; harmless when repeated."""
+        self._stop_reading()
+        if self._saved is not None:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(self.source, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+            self._saved = None
+
+    def look(self) -> None:
+        """Called now and then: read on if the guest has caught up."""
+        if self._pollable and not self._reading and self._paused and self.backlog() < HIGH_WATER:
+            self._start_reading()
+        elif not self._pollable and self._reading:
+            self._read_file()
+
+    _paused = False
+
+    def _raw(self) -> None:
+        attributes = termios.tcgetattr(self.source)
+        self._saved = list(attributes)
+        iflag, oflag, cflag, lflag, ispeed, ospeed, cc = attributes
+        iflag &= ~(
+            termios.IGNBRK
+            | termios.BRKINT
+            | termios.PARMRK
+            | termios.ISTRIP
+            | termios.INLCR
+            | termios.IGNCR
+            | termios.ICRNL
+            | termios.IXON
+        )
+        lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        # Output processing stays on: small guests end their lines with LF alone.
+        cc = list(cc)
+        cc[termios.VMIN], cc[termios.VTIME] = 1, 0
+        termios.tcsetattr(
+            self.source, termios.TCSADRAIN, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc]
+        )
+
+    def _start_reading(self) -> None:
+        self._reading, self._paused = True, False
+        if self._pollable:
+            try:
+                self.events.add(self.source, self._readable)
+            except OSError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                self._pollable = False  # a kind of file that epoll does not take, like /dev/null
+        if not self._pollable:
+            self._read_file()
+
+    def _stop_reading(self) -> None:
+        if self._reading and self._pollable:
+            self.events.remove(self.source)
+        self._reading = False
+
+    def _read_file(self) -> None:
+        while self._reading and self.backlog() < HIGH_WATER:
+            self._readable()
+
+    def _readable(self) -> None:
+        try:
+            data = os.read(self.source, _CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._stop_reading()
+            return
+        if self._escape is None:
+            self.feed(data)
+        else:
+            for kind, part in self._escape.feed(data):
+                if kind == "input":
+                    self.feed(part)
+                else:
+                    self._menu(part)
+        if self._pollable and self.backlog() >= HIGH_WATER:
+            self._stop_reading()
+            self._paused = True
+
+    def _menu(self, key: bytes) -> None:
+        match key:
+            case b"x" | b"q":
+                self.controls.quit()
+            case b"s":
+                self.say(self.controls.toggle_suspend())
+            case b"w":
+                self.say(self.controls.write_snapshot())
+            case b"i":
+                self.say(self.controls.status())
+            case _:
+                self.say(HELP)

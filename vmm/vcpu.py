@@ -1,0 +1,159 @@
+"""The vCPU loop: the one place where guest execution, interrupts, events and stops meet.
+
+Each turn: handle what is due, deliver an interrupt if the guest can take one, run the engine until
+something wants attention, look at why it stopped. Every request to stop is only noted
+(`VcpuLoop.stop`) and acted on here, between two instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from devices.irqchip.pic import PicPair
+from vmm.cpu.engine import Cpu, Stop, StopReason
+from vmm.events import EventLoop
+from vmm.outcome import Ending, Outcome
+
+UNLIMITED = 1 << 62
+"""A budget that ends only when somebody kicks the CPU."""
+WINDOW_FIRST = 256
+WINDOW_MAX = 16 << 10
+"""Budgets, in bytes of code, while an interrupt waits for the guest to enable interrupts."""
+
+
+@dataclass
+class VcpuStats:
+    """Where the time of a run went, in seconds, and how often."""
+
+    slices: int = 0
+    interrupts: int = 0
+    idle: float = 0.0
+    idle_waits: int = 0
+
+
+class VcpuLoop:
+    """Runs one vCPU on the calling thread.
+
+    Args:
+        between: called between slices when anything was handled; does what must not be done
+            inside an engine callback (offering input to a device, for example).
+        crash_report: makes the several lines for a crash.
+    """
+
+    def __init__(
+        self,
+        cpu: Cpu,
+        events: EventLoop,
+        pic: PicPair,
+        *,
+        between: Callable[[], None],
+        crash_report: Callable[[str], str],
+    ) -> None:
+        self.stats = VcpuStats()
+        self.suspended = False
+        self.attention = False
+        """Set, with a kick, by whoever wants `between` to be called soon."""
+        self._cpu = cpu
+        self._events = events
+        self._pic = pic
+        self._between = between
+        self._crash_report = crash_report
+        self._outcome: Outcome | None = None
+        self._window = WINDOW_FIRST
+
+    def stop(self, outcome: Outcome) -> None:
+        """End the run with `outcome` as soon as the guest is between two instructions.
+
+        The first to ask wins, except that a device failure is never hidden by an ordinary end.
+        """
+        if self._outcome is None or (
+            outcome.ending is Ending.DEVICE_FAILED
+            and self._outcome.ending is not Ending.DEVICE_FAILED
+        ):
+            self._outcome = outcome
+        self._cpu.stop_now()
+        self._events.interrupt()
+
+    @property
+    def stopping(self) -> bool:
+        return self._outcome is not None
+
+    def take_outcome(self) -> Outcome:
+        """The outcome that was asked for, once; the next `run` starts without one."""
+        outcome, self._outcome = self._outcome, None
+        assert outcome is not None
+        return outcome
+
+    def run(self, budget: int = UNLIMITED, steps: int | None = None) -> None:
+        """Run until `stop` was called.
+
+        Args:
+            budget: bytes of code after which the run pauses at the next block.
+            steps: exactly this many instructions (slow); overrides `budget`.
+        """
+        cpu, events, pic = self._cpu, self._events, self._pic
+        last = cpu.executed + budget
+        while True:
+            if events.poll(0.0) or self.attention:
+                self.attention = False
+                self._between()
+            if self._outcome is not None:
+                return
+            if self.suspended:
+                self._idle()
+                continue
+            slice_budget = last - cpu.executed
+            if pic.pending():
+                slice_budget = min(self._offer_interrupt(), slice_budget)
+                if self._outcome is not None:
+                    return
+            if cpu.halted:
+                if not cpu.interruptible():
+                    self.stop(Outcome(Ending.HALTED))
+                    return
+                if slice_budget <= 0 or steps == 0:
+                    self.stop(Outcome(Ending.PAUSED))
+                    return
+                if not pic.pending():
+                    self._idle()
+                continue
+            if slice_budget <= 0 or steps == 0:
+                self.stop(Outcome(Ending.PAUSED))
+                return
+            events.watch()
+            self.stats.slices += 1
+            if steps is None:
+                stop = cpu.run(slice_budget)
+            else:
+                stop = cpu.step(1)
+                steps -= 1
+            if stop.reason in (StopReason.SHUTDOWN, StopReason.ERROR):
+                self._crashed(stop)
+
+    def _offer_interrupt(self) -> int:
+        """Deliver the pending interrupt if the guest takes it now; the budget for what follows."""
+        cpu = self._cpu
+        if not cpu.interruptible():
+            budget = self._window
+            self._window = min(budget * 2, WINDOW_MAX)
+            return budget
+        self._window = WINDOW_FIRST
+        self.stats.interrupts += 1
+        stop = cpu.inject(self._pic.acknowledge())
+        if stop is not None:
+            self._crashed(stop)
+        return WINDOW_FIRST if self._pic.pending() else UNLIMITED
+
+    def _crashed(self, stop: Stop) -> None:
+        what = "triple fault" if stop.reason is StopReason.SHUTDOWN else "CPU error"
+        detail = f"{what}: {stop.detail}" if stop.detail else what
+        self.stop(Outcome(Ending.CRASHED, detail, report=self._crash_report(detail)))
+
+    def _idle(self) -> None:
+        begin = perf_counter()
+        self._events.poll(None)
+        self.attention = True
+        self.stats.idle += perf_counter() - begin
+        self.stats.idle_waits += 1

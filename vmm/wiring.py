@@ -1,0 +1,102 @@
+"""What devices tell the machine, and where it goes: interrupts, console bytes, exits, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from devices.errors import DeviceFailure
+from devices.irqchip.pic import PicPair
+from devices.pci.host_bridge import PciRoot
+from devices.pci.intx import Slot
+from vmm.attachment import Attachment
+from vmm.console import ConsoleBuffer
+from vmm.cpu.engine import Cpu
+
+_LOG_KEEP = 1000
+
+
+@dataclass
+class Wiring:
+    """Implements `vmm.attachment.DeviceEvents` for one machine.
+
+    Attributes:
+        consoles: by device name; what a device without one prints is kept nowhere.
+        attention: asks the vCPU loop to come back and look (see `VcpuLoop.attention`).
+        guest_exit: called with the value when a device that may do so ends the run.
+        device_failed: called once for each failure.
+        log_sink: where log lines of devices go, as they come.
+    """
+
+    cpu: Cpu
+    attention: Callable[[], None]
+    guest_exit: Callable[[int], None]
+    device_failed: Callable[[DeviceFailure], None]
+    consoles: dict[str, ConsoleBuffer] = field(default_factory=dict)
+    attached: dict[str, Attachment] = field(default_factory=dict)
+    pic: PicPair | None = None
+    pci: PciRoot | None = None
+    log_lines: list[tuple[str, str]] = field(default_factory=list)
+    log_sink: Callable[[str, str], None] | None = None
+    _isa_levels: dict[int, set[str]] = field(default_factory=dict)
+
+    def irq(self, name: str, pin: int, level: bool) -> None:
+        """A device drives its interrupt pin."""
+        attachment = self.attached.get(name)
+        if attachment is None:
+            return
+        if attachment.slot is not None:
+            if self.pci is not None:
+                self.pci.set_intx(Slot(attachment.slot), pin, level)
+        elif attachment.irq is not None and pin == 0:
+            self.isa_line(attachment.irq, level, name)
+
+    def isa_line(self, irq: int, level: bool, source: str = "pci") -> None:
+        """Drive an ISA line; a line that several sources share is high while any of them is."""
+        sources = self._isa_levels.setdefault(irq, set())
+        if level:
+            sources.add(source)
+        else:
+            sources.discard(source)
+        if self.pic is not None:
+            self.pic.set_irq(irq, bool(sources))
+            if self.pic.pending():
+                self.cpu.kick()
+
+    def msi(self, name: str, address: int, data: int) -> None:
+        # There is no local APIC yet that could take a message.
+        self.log(name, f"MSI {data:#x} to {address:#x} dropped: this machine has no local APIC")
+
+    def wrote_pages(self, name: str, first: int, count: int) -> None:
+        self.cpu.invalidate(first << 12, count << 12)
+
+    def output(self, name: str, data: bytes) -> None:
+        console = self.consoles.get(name)
+        if console is not None:
+            console.emit(data)
+
+    def input_wanted(self, name: str) -> None:
+        console = self.consoles.get(name)
+        if console is not None:
+            console.blocked = False
+            self.attention()
+
+    def exit_request(self, name: str, value: int) -> None:
+        attachment = self.attached.get(name)
+        if attachment is not None and attachment.config.may_exit:
+            self.guest_exit(value)
+        else:
+            self.log(name, f"asked to end the run ({value}); it has no right to")
+
+    def log(self, name: str, text: str) -> None:
+        if len(self.log_lines) >= _LOG_KEEP:
+            del self.log_lines[: _LOG_KEEP // 2]
+        self.log_lines.append((name, text))
+        if self.log_sink is not None:
+            self.log_sink(name, text)
+
+    def failed(self, failure: DeviceFailure) -> None:
+        # A line that a dead device held high would interrupt the guest for ever.
+        self.irq(failure.device, 0, False)
+        self.log(failure.device, failure.reason)
+        self.device_failed(failure)
