@@ -77,7 +77,9 @@ def patched(name: str, **values: int) -> bytes:
         ValueError: it has no such parameter.
     """
     data = bytearray(image(name))
+    names = GUESTS[name].parameters
     for parameter, value in values.items():
-        index = GUESTS[name].parameters.index(parameter)
-        struct.pack_into("<I", data, 4 + 4 * index, value)
+        if parameter not in names:
+            raise ValueError(f"guest '{name}' has no parameter '{parameter}'")
+        struct.pack_into("<I", data, 4 + 4 * names.index(parameter), value)
     return bytes(data)

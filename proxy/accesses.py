@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from time import monotonic, perf_counter_ns
+from typing import Any
 
 from devices.bus import ALL_ONES
 from proxy import lane
@@ -220,7 +221,10 @@ class Accesses:
         return None
 
     def _build(self, shape: m.Shape) -> None:
-        link, words, page = self._link, self._words, self._page
+        # Without a page no lane is ever opened and these two are never touched.
+        words: Any = self._words
+        page: Any = self._page
+        link = self._link
         send, receive = link.tube.send, link.tube.recv_into
         buffer = bytearray(MAX_DATAGRAM + 1)
         pack_read, pack_write, unpack = _READ.pack, _WRITE.pack, _RESULT.unpack_from
@@ -244,8 +248,8 @@ class Accesses:
 
         def settled() -> bool:
             nonlocal posted
-            if posted and is_open and words[tail_word] == head:  # type: ignore[index]
-                posted = False
+            if posted and is_open:
+                posted = words[tail_word] != head
             return not posted
 
         def asleep(*_: object) -> int:
@@ -287,17 +291,17 @@ class Accesses:
                     page, start + head % slots * step, reads[size], offset, handler.base + offset, 0
                 )
                 head += 1
-                words[head_word] = head  # type: ignore[index]
+                words[head_word] = head
                 for _ in spins:
-                    if words[tail_word] == head:  # type: ignore[index]
+                    if words[tail_word] == head:
                         break
                 else:
                     if self._wait_tail(head, head, "Read") is None:
                         return ones[size]
                 limit = head + slots
                 posted = False
-                value: int = words[value_word]  # type: ignore[index]
-                upcalls = words[upcalls_word]  # type: ignore[index]
+                value: int = words[value_word]
+                upcalls = words[upcalls_word]
                 if upcalls != link.upcalls and not link.catch_up(upcalls, "Read"):
                     return ones[size]
                 return value & ones[size]
@@ -305,7 +309,7 @@ class Accesses:
             def read(offset: int, size: int) -> int:
                 nonlocal count, posted
                 if is_open:
-                    if words[state_word] != self._dozing:  # type: ignore[index]
+                    if words[state_word] != self._dozing:
                         return lane_read(offset, size)
                     self.close_lane()
                 if not count & (BURST - 1):
@@ -324,10 +328,14 @@ class Accesses:
                     got = receive(buffer)
                 except OSError as error:
                     return lost_read(size, request, error)
+                except BaseException:
+                    # An interrupt: the answer would be taken for that of the next read.
+                    link.fail("was abandoned in mid-exchange", "Read")
+                    raise
                 if got == 16:
                     header, value = unpack(buffer)
                     if header == results[size]:
-                        return value & ones[size]
+                        return int(value & ones[size])
                 return slow_read(offset, size, None, bytes(buffer[:got]))
 
             def lost_read(size: int, request: bytes | None, error: OSError) -> int:
@@ -353,10 +361,10 @@ class Accesses:
                             value,
                         )
                         head += 1
-                        words[head_word] = head  # type: ignore[index]
+                        words[head_word] = head
                         with fence:
                             pass
-                        if words[state_word] == self._dozing:  # type: ignore[index]
+                        if words[state_word] == self._dozing:
                             self.close_lane()
                     else:
                         dropped()

@@ -110,12 +110,16 @@ class ChildInterface:
 
     def wait_end(self, timeout: float) -> bool:
         """Whether the process has ended, or does within `timeout` seconds."""
+        if self._closed:
+            return True
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(timeout * 1000))
 
     def kill(self) -> None:
         """End the process at once; harmless if it has ended."""
+        if self._closed:
+            return
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except (ProcessLookupError, OSError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -35,15 +36,24 @@ class Placement:
         """How many children may poll at a time."""
         try:
             # PyDLL: the call is so short that letting go of the interpreter lock costs more.
-            self._getcpu = ctypes.PyDLL(None).sched_getcpu
+            self._getcpu: Callable[[], int] = ctypes.PyDLL(None).sched_getcpu
         except (OSError, AttributeError):
             self._getcpu = lambda: -1
+
+    def describe(self) -> str:
+        """One line on what was chosen, for statistics."""
+        if not self.places:
+            return "one CPU: children share it, every access goes through the tube"
+        return (
+            f"children follow the vCPU's thread (now on CPU {self._getcpu()}); of {len(self._cpus)} "
+            f"CPUs {self.places} may poll a shared-memory lane, {len(self._pollers)} of them in use"
+        )
 
     def follow(self, pid: int, last: int) -> int:
         """Move a child to the calling thread's CPU unless it is there; the CPU, -1 if unknown."""
         if not self.places:
             return last
-        cpu: int = self._getcpu()
+        cpu = self._getcpu()
         if cpu != last and cpu >= 0:
             _move(pid, {cpu})
         return cpu
@@ -55,7 +65,7 @@ class Placement:
             if idle is None:
                 return False
             idle.close_lane()
-        cpu: int = self._getcpu()
+        cpu = self._getcpu()
         if not _move(pid, self._cpus - {cpu}):
             return False
         self._pollers.append(poller)

@@ -1,7 +1,7 @@
 """What the device contract suite needs: subjects to test, access scripts, and spoiled states.
 
-A *subject* is one device as the machine drives it. `make_subject` builds it from the name of its
-model in either of two ways, and the suite in ``test_device_contract.py`` cannot tell which.
+A *subject* is one device as the machine drives it. `Workshop.make_subject` builds it from the name
+of its model in either of two ways, and the suite in ``test_device_contract.py`` cannot tell which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from fakes import FakeHost
 
 from devices.bus import BusDevice
 from devices.contract import Device, NoState
+from devices.errors import DeviceFailure
 from devices.registry import load, parse_options
+from proxy.device import ProxyDevice
+from proxy.warden import Warden
 
 IN_PROCESS, PROXIED = "in-process", "proxied"
 
@@ -93,18 +96,73 @@ class Subject:
             self.device.wake()
 
 
-@contextmanager
-def make_subject(model: str, how: str) -> Iterator[Subject]:
-    """A fresh device of `model`, `IN_PROCESS` or `PROXIED`, that is closed at the end."""
-    if how == PROXIED:
-        raise NotImplementedError("proxied subjects need proxy.warden")
-    host = FakeHost()
-    kind = load(model)
-    device: Device = kind(host, parse_options(kind, {}))
-    try:
-        yield Subject(device, host)
-    finally:
-        device.close()
+class Upcalls:
+    """`proxy.events.ProxyEvents` that end up in a `FakeHost`."""
+
+    def __init__(self) -> None:
+        self.host = FakeHost()
+        self.failures: list[DeviceFailure] = []
+
+    def irq(self, name: str, pin: int, level: bool) -> None:
+        self.host.set_irq(level, pin)
+
+    def msi(self, name: str, address: int, data: int) -> None:
+        self.host.send_msi(address, data)
+
+    def wrote_pages(self, name: str, first: int, count: int) -> None:
+        self.host.wrote_pages(first, count)
+
+    def output(self, name: str, data: bytes) -> None:
+        self.host.output(data)
+
+    def input_wanted(self, name: str) -> None:
+        self.host.input_wanted()
+
+    def exit_request(self, name: str, value: int) -> None:
+        self.host.request_exit(value)
+
+    def log(self, name: str, text: str) -> None:
+        self.host.log(text)
+
+    def failed(self, failure: DeviceFailure) -> None:
+        self.failures.append(failure)
+
+
+class Workshop:
+    """Makes subjects; owns the warden of those that are proxied."""
+
+    def __init__(self) -> None:
+        self._warden: Warden | None = None
+
+    @contextmanager
+    def make_subject(self, model: str, how: str) -> Iterator[Subject]:
+        """A fresh device of `model`, `IN_PROCESS` or `PROXIED`, that is closed at the end."""
+        make = self._proxied if how == PROXIED else self._in_process
+        with make(model) as subject:
+            yield subject
+
+    @contextmanager
+    def _in_process(self, model: str) -> Iterator[Subject]:
+        host = FakeHost()
+        kind = load(model)
+        device: Device = kind(host, parse_options(kind, {}))
+        try:
+            yield Subject(device, host)
+        finally:
+            device.close()
+
+    @contextmanager
+    def _proxied(self, model: str) -> Iterator[Subject]:
+        if self._warden is None:
+            self._warden = Warden()
+        upcalls = Upcalls()
+        with ProxyDevice(self._warden.spawn("subject", model, {}), upcalls) as device:
+            yield Subject(device, upcalls.host)
+        assert upcalls.failures == []
+
+    def close(self) -> None:
+        if self._warden is not None:
+            self._warden.close()
 
 
 def is_stateless(model: str) -> bool:

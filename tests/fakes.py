@@ -34,6 +34,15 @@ class FakeHost:
         """The levels that pin 0 was driven to, in order."""
         return [call[1] for call in self.calls if call[0] == "set_irq" and call[2] == 0]
 
+    def story(self) -> tuple[bytes, list[tuple[Any, ...]]]:
+        """All that was asked; output apart, because a child gathers it."""
+        return bytes(self.printed), [call for call in self.calls if call[0] != "output"]
+
+    def forget(self) -> None:
+        """Begin a new story; the levels of the lines stay known."""
+        self.calls.clear()
+        self.printed.clear()
+
     def set_irq(self, level: bool, pin: int = 0) -> None:
         self.calls.append(("set_irq", level, pin))
         self.lines[pin] = level

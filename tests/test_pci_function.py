@@ -229,6 +229,18 @@ def test_a_read_only_mapping_is_refused() -> None:
     assert not function.map_config(memoryview(bytes(256)), 0, 256)
 
 
+def test_a_mapping_follows_a_restore_to_another_state() -> None:
+    function, _ = device()
+    older = wire(function.snapshot())
+    memory = bytearray(256)
+    assert function.map_config(memoryview(memory), 0, 256)
+    put(function, BAR0, 0xE000_0000)
+    put(function, 15, 0x0B, 1)
+    function.restore(older)
+    assert memoryview(memory).cast("I").tolist() == [function.read_config(r) for r in range(64)]
+    assert function.read_config(BAR0) == 0
+
+
 def test_a_longer_mapping_leaves_the_rest_and_a_shorter_one_is_no_error() -> None:
     for length in (4096, 64):
         function, _ = device()

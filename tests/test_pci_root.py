@@ -385,6 +385,10 @@ def test_what_finds_no_place_stays_unassigned_and_is_named() -> None:
     assert board.violations == []
 
 
+def test_largest_first_wastes_nothing() -> None:
+    assert first_fit([16, 64, 32, 16], Range(0x80, 0x80), []) == [0xE0, 0x80, 0xC0, 0xF0]
+
+
 @given(
     st.lists(st.integers(0, 9).map(lambda n: 1 << n), max_size=12),
     st.lists(st.builds(Range, st.integers(0, 1500), st.integers(1, 200)), max_size=4),

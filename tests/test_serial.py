@@ -217,6 +217,29 @@ def test_fifo_reset_clears_what_has_arrived(guest: Guest) -> None:
     assert guest.lsr() == IDLE
 
 
+def test_fcr_write_without_reset_keeps_what_has_arrived(guest: Guest) -> None:
+    guest.write(Register.IIR_FCR, Fcr.ENABLE)
+    guest.enable(Ier.RECEIVED_DATA)
+    guest.uart.receive(b"abc")
+    assert guest.iir() is Iir.RECEIVED_DATA
+    guest.write(Register.IIR_FCR, Fcr.ENABLE | Fcr.RESET_TRANSMITTER | 0x40)
+    assert guest.iir() is Iir.CHARACTER_TIMEOUT
+    assert guest.drain() == b"abc"
+
+
+def test_fifo_reset_ends_the_interrupt_and_lets_the_rest_arrive(guest: Guest) -> None:
+    guest.write(Register.IIR_FCR, Fcr.ENABLE)
+    guest.enable(Ier.RECEIVED_DATA)
+    guest.uart.receive(b"abc")
+    assert guest.host.irq
+    guest.write(Register.IIR_FCR, Fcr.ENABLE | Fcr.RESET_RECEIVER)
+    assert not guest.host.irq
+    guest.uart.receive(b"0123456789abcdefghij")
+    guest.write(Register.IIR_FCR, Fcr.ENABLE | Fcr.RESET_RECEIVER)
+    assert guest.host.irq
+    assert guest.drain() == b"ghij"
+
+
 @pytest.mark.parametrize(
     "setup",
     [
@@ -319,6 +342,28 @@ def test_reading_below_the_trigger_level_is_an_edge(guest: Guest) -> None:
     assert guest.host.edges() == [True]
     guest.data()
     assert guest.host.edges() == [True, False, True]
+
+
+@pytest.mark.parametrize("ier", [Ier.RECEIVED_DATA, Ier.RECEIVED_DATA | Ier.LINE_STATUS])
+def test_another_source_holds_the_line_while_the_receiver_lets_go(guest: Guest, ier: int) -> None:
+    guest.write(Register.MCR, Mcr.LOOPBACK)
+    guest.write(Register.IIR_FCR, Fcr.ENABLE | 0x40)
+    guest.loop(bytes(17))
+    guest.enable(ier, Mcr.OUT2)
+    for _ in range(12):
+        guest.data()
+    assert guest.host.edges() == [True]
+    guest.data()
+    held = bool(ier & Ier.LINE_STATUS)
+    assert guest.host.edges() == ([True] if held else [True, False, True])
+
+
+def test_thre_holds_the_line_while_the_receiver_lets_go(guest: Guest) -> None:
+    guest.enable(Ier.RECEIVED_DATA | Ier.THR_EMPTY)
+    guest.uart.receive(b"ab")
+    guest.data()
+    guest.data()
+    assert guest.host.edges() == [True]
 
 
 def test_thre_is_raised_by_enabling_it(guest: Guest) -> None:
@@ -475,6 +520,14 @@ def test_ring_indicator_counts_only_its_trailing_edge(guest: Guest) -> None:
     assert guest.msr() == Msr.RI
     guest.write(Register.MCR, Mcr.LOOPBACK)
     assert guest.msr() == Msr.TRAILING_EDGE_RI
+
+
+def test_deltas_gather_until_they_are_read(guest: Guest) -> None:
+    guest.write(Register.MCR, Mcr.LOOPBACK)
+    guest.msr()
+    guest.write(Register.MCR, Mcr.LOOPBACK | Mcr.RTS)
+    guest.write(Register.MCR, Mcr.LOOPBACK | Mcr.RTS | Mcr.DTR)
+    assert guest.msr() & 0x0F == Msr.DELTA_CTS | Msr.DELTA_DSR
 
 
 def test_overrun_without_fifos_destroys_the_old_character(guest: Guest) -> None:

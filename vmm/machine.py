@@ -43,6 +43,7 @@ from vmm.config import (
     parse_size,
 )
 from vmm.console import ConsoleBuffer
+from vmm.cpu.library import VERSION
 from vmm.interrupt import noted_signals
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
@@ -325,7 +326,7 @@ class Machine:
             parts = self.parts
             saved = snapshots.Snapshot(
                 config=self.config,
-                engine=parts.cpu.version,
+                engine=f"unicorn {VERSION}",
                 cpu=parts.cpu.get_state(),
                 devices={a.name: a.device.snapshot() for a in parts.stateful()},
                 executed=parts.cpu.executed,

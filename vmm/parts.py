@@ -23,7 +23,6 @@ from vmm.attachment import Attachment, DeviceFactory, LocalHost, build_local
 from vmm.config import CONSOLE, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
-from vmm.cpu.report import crash_report
 from vmm.events import EventLoop
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
@@ -75,20 +74,7 @@ class Parts:
             raise
 
     def _build(self, factories: Mapping[str, DeviceFactory], between: Callable[[], None]) -> None:
-        isolated = [device for device in self.config.devices if device.isolated]
-        self.warden = Warden(
-            [factories[d.name] for d in isolated if d.name in factories],
-            jail=self.host.jail,
-            deadline=self.host.deadline,
-        )
-        self._stack.callback(self.warden.close)
-        children = {}
-        with_factory = [d.name for d in isolated if d.name in factories]
-        for device in isolated:
-            index = with_factory.index(device.name) if device.name in factories else None
-            children[device.name] = self.warden.spawn(
-                device.name, device.model, device.options, factory=index
-            )
+        children = self._fork_children(factories)
         self.memory = GuestMemory(self.config.memory)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
@@ -110,11 +96,34 @@ class Parts:
             else:
                 driven = self._activate(child)
             self._attach(device, driven)
+        self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (a.device for a in self.attachments if a.name == CONSOLE and a.takes_input()), None
         )
 
     # Building.
+
+    def _fork_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, ChildInterface]:
+        """The device processes, by device name; the warden is there even if there is none yet."""
+        own = [name for name in factories if self._is_isolated(name)]
+        self.warden = Warden(
+            [factories[name] for name in own], jail=self.host.jail, deadline=self.host.deadline
+        )
+        self._stack.callback(self.warden.close)
+        self.jail_line = self.warden.plan.one_line()
+        return {
+            device.name: self.warden.spawn(
+                device.name,
+                device.model,
+                device.options,
+                factory=own.index(device.name) if device.name in own else None,
+            )
+            for device in self.config.devices
+            if device.isolated
+        }
+
+    def _is_isolated(self, name: str) -> bool:
+        return any(device.name == name and device.isolated for device in self.config.devices)
 
     def _build_platform(self, between: Callable[[], None]) -> None:
         """The interrupt controllers and the PCI root, which live in this process."""
@@ -193,6 +202,12 @@ class Parts:
         if proxy.drain():
             self.request_attention()  # a bounded number at a time: others want their turn
 
+    def _warden_spoke(self) -> None:
+        # A proxy that fails asks for its own obituary; here the others are taken off the socket.
+        self.warden.obituaries()
+        if self.warden.dead:
+            self.events.remove(self.warden.fileno())
+
     def _ended(self, proxy: ProxyDevice) -> None:
         self.events.remove(proxy.pidfd)
         proxy.check()
@@ -218,6 +233,8 @@ class Parts:
                 proxy.fail(text)
 
     def _crash_report(self, detail: str) -> str:
+        from vmm.cpu.report import crash_report  # loads the disassembler
+
         return crash_report(self.cpu, detail, self.symbols)
 
     # Quiet.

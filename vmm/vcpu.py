@@ -147,9 +147,7 @@ class VcpuLoop:
         return WINDOW_FIRST if self._pic.pending() else UNLIMITED
 
     def _crashed(self, stop: Stop) -> None:
-        what = "triple fault" if stop.reason is StopReason.SHUTDOWN else "CPU error"
-        detail = f"{what}: {stop.detail}" if stop.detail else what
-        self.stop(Outcome(Ending.CRASHED, detail, report=self._crash_report(detail)))
+        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report(stop.detail)))
 
     def _idle(self) -> None:
         begin = perf_counter()

@@ -29,7 +29,7 @@ import msgspec
 from devices.bus import ALL_ONES, Bus, BusDevice, BusType, Range
 from devices.contract import Device, DeviceHost, Region, checked_state
 from devices.errors import DeviceError
-from devices.pci.config import ConfigState, Header
+from devices.pci.config import ConfigState, Header, can_move_bars
 from devices.pci.contract import CONFIG_REGISTERS, BarInfo, PciConfig
 from devices.pci.function import PciFunction
 from devices.pci.intx import PINS, PIRQ_IRQS, IntxRouter, Slot
@@ -199,11 +199,14 @@ class PciRoot(Device):
         seat = self._seats.get(number)
         if seat is None or seat.failed or register >= CONFIG_REGISTERS:
             return
-        seat.shadow.write(register, offset, data)
+        moves = can_move_bars(register)
+        if moves:
+            seat.shadow.write(register, offset, data)
         answer = seat.function.write_config(register, offset, data)
         if seat.failed or self._seats.get(number) is not seat:
             return
-        self._mapper.written(seat, answer)
+        if moves or answer:
+            self._mapper.written(seat, answer)
         if answer.removed_pci_devices:
             self._unplug(seat, answer.removed_pci_devices)
 

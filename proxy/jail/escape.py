@@ -335,10 +335,16 @@ def _supervise(attempt: Attempt, tube: socket.socket, pid: int) -> Outcome:
             if listener >= 0:
                 poll.register(listener, select.POLLIN)
             ready = [fd for fd, _ in poll.poll(_SECONDS * 1000)]
+            if not ready:
+                return Outcome(attempt.name, False, "hangs")
             if tube.fileno() not in ready:
-                name = receive_violation(listener) if ready else None
-                why = f"caught in the forbidden system call {name}" if name else "hangs"
-                return Outcome(attempt.name, False, why, name or "")
+                name = receive_violation(listener)
+                if name:
+                    why = f"caught in the forbidden system call {name}"
+                    return Outcome(attempt.name, False, why, name)
+                os.close(listener)  # hung up: it is dead, and the tube will say so
+                listener = -1
+                continue
             message, fds, _, _ = socket.recv_fds(tube, 4096, 1)
             text = message[1:].decode(errors="replace")
             if message[:1] == b"L":

@@ -126,7 +126,8 @@ def receive_violation(listener_fd: int) -> str | None:
     """Called by the supervisor when a listener is readable: the forbidden system call's name.
 
     The caller stays in that call until it is killed, which is what the supervisor does next.
-    None: the process died before the notification was taken, or the listener was hung up.
+    None: there is none, because the process died; a listener of a dead process polls as hung up,
+    perhaps before its tube or pidfd does. Close it then.
     """
     try:
         _, arch, number = linux.seccomp_receive(listener_fd)

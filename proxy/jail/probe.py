@@ -187,6 +187,10 @@ def _judge(plan: JailPlan, tube: socket.socket, pid: int) -> _Trial:
                 name = seccomp.receive_violation(listener)
                 if name == _FORBIDDEN_CALL:
                     return trial
+                if name is None:  # hung up: it is dead, and the tube will say so
+                    os.close(listener)
+                    listener = -1
+                    continue
                 return _Trial(None, "notify", f"'{_FORBIDDEN_CALL}' was reported as {name}")
             message, received, _, _ = socket.recv_fds(tube, _MESSAGE_BYTES, 1)
             if received:

@@ -22,7 +22,9 @@ def guests(args: argparse.Namespace) -> int:
 
 def jail(args: argparse.Namespace) -> int:
     """``python -m vmm jail``."""
-    from proxy.jail import JailMode, render_report, report_values
+    import msgspec
+
+    from proxy.jail import JailMode, JailReport, report_data, report_table
     from vmm.config import MachineConfig, default_devices, parse_device
     from vmm.machine import Machine
 
@@ -32,11 +34,13 @@ def jail(args: argparse.Namespace) -> int:
     config = MachineConfig(1 << 20, tuple(devices))
     with Machine(config, jail=JailMode(args.jail)) as machine:
         parts = machine.parts
-        reports = {proxy.name: proxy.jail_report for proxy in parts.proxies}
+        reports = {
+            proxy.name: msgspec.convert(proxy.jail_report, JailReport) for proxy in parts.proxies
+        }
         if args.json:
-            print(json.dumps({"line": parts.jail_line, "devices": report_values(reports)}))
+            print(json.dumps({"line": parts.jail_line, "devices": report_data(reports)}))
             return 0
-        for line in render_report(reports):
+        for line in report_table(reports):
             print(line)
         if parts.jail_line:
             print(parts.jail_line)

@@ -24,7 +24,7 @@ def stats_values(machine: Machine) -> dict[str, Any]:
         devices.setdefault(proxy.name, {})["process"] = {
             "pid": proxy.pid,
             "failed": None if proxy.failed is None else str(proxy.failed),
-            **dataclasses.asdict(proxy.stats),
+            **dataclasses.asdict(proxy.stats()),
         }
     return {
         "vcpu": {"executed_bytes": parts.cpu.executed, **dataclasses.asdict(parts.vcpu.stats)},

@@ -47,6 +47,7 @@ from vmm.cpu.context import (
 )
 from vmm.cpu.layout import H_CS64, H_LMA
 from vmm.cpu.paging import Fault, Linear
+from vmm.cpu.quick import QuickDelivery
 from vmm.cpu.tasks import TaskSwitch
 
 DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK, PROTECTION, PAGE = 8, 10, 11, 12, 13, 14
@@ -86,6 +87,7 @@ class Delivery:
         self._context = context
         self._linear = linear
         self._tasks = TaskSwitch(context, linear)
+        self._quick = QuickDelivery(context, linear.physical)
 
     def deliver(self, vector: int, code: int | None, source: Source, note: str = "") -> None:
         """Enter the handler of `vector`. The context must be saved, and restored afterwards.
@@ -99,6 +101,8 @@ class Delivery:
         Raises:
             TripleFault: the CPU shuts down; the context keeps the state before the event.
         """
+        if self._quick.deliver(vector, code, source is Source.SOFTWARE):
+            return
         context = self._context
         flags = context.live_flags()
         chain = [name_of(vector) + (f" ({note})" if note else "")]

@@ -161,6 +161,11 @@ class Cpu:
         """
         return self._words[0]
 
+    @executed.setter
+    def executed(self, value: int) -> None:
+        """Go on counting from here; only between runs (a snapshot is restored)."""
+        self._words[0] = value
+
     # Running.
 
     def run(self, budget: int) -> Stop:
@@ -434,18 +439,21 @@ class Cpu:
     def _on_sysenter(self, _engine: int, _data: int) -> None:
         self._fast_call(self._fast.sysenter, 0x34)
 
-    def _fast_call(self, action: Callable[[int], None], opcode: int) -> None:
+    def _fast_call(self, action: Callable[[int], int | None], opcode: int) -> None:
         """Do SYSCALL or SYSENTER. The engine adds the instruction's length to RIP afterwards."""
         context = self._context
         context.save()
         length = self._fast.length(opcode)
+        flags = None
         try:
-            action(length)
+            flags = action(length)
         except Fault as fault:
             if self._deliver(fault.vector, fault.code, Source.EXCEPTION):
                 self._words[1] = -1
         context.rip -= length
         context.restore()
+        if flags is not None:
+            self._engine.write(REG.UC_X86_REG_EFLAGS, flags)
 
     def _on_error(self, code: int) -> None:
         """The engine gave up at an access: make it the fault that comes nearest."""

@@ -20,9 +20,9 @@ from vmm.cpu.context import (
     SS,
     Context,
 )
-from vmm.cpu.layout import H_CS64, H_LMA
-from vmm.cpu.library import REG
+from vmm.cpu.layout import H_ADDSEG, H_CPL, H_CS32, H_CS64, H_LMA, H_SHADOW, H_SS32
 from vmm.cpu.paging import Fault, Linear
+from vmm.cpu.quick import QuickDelivery
 
 _CODE64, _CODE32, _DATA = 0xA0_9B00, 0xC0_9B00, 0xC0_9300
 _SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP = 0x174, 0x175, 0x176
@@ -34,12 +34,18 @@ class FastCalls:
     def __init__(self, context: Context, linear: Linear) -> None:
         self._context = context
         self._linear = linear
+        self._quick = QuickDelivery(context, linear.physical)
 
     def length(self, opcode: int) -> int:
         """The length of ``0F opcode`` at RIP, whose prefixes the engine does not tell."""
         context = self._context
         wide = context.hidden & H_CS64
         linear = context.rip if wide else context.base(CS) + context.rip & NONE
+        place = self._quick.find(linear) if wide else -1
+        if place >= 0 and place & 0xFFF < 0xFFF:
+            code = self._quick.ram[place : place + 2]
+            if code[1] == opcode and code[0] == 0x0F:
+                return 2
         wanted = bytes((0x0F, opcode))
         for length in (2, 15):  # the second read may reach an unmapped page
             try:
@@ -50,30 +56,28 @@ class FastCalls:
                 return at + 2
         return 2
 
-    def syscall(self, length: int) -> None:
-        """Enter the kernel at LSTAR.
+    def syscall(self, length: int) -> int | None:
+        """Enter the kernel at LSTAR; the new RFLAGS, to be written after the context.
 
         Raises:
             Fault: #UD where the instruction does not exist.
         """
         context = self._context
-        longs, at = context.longs, context.at
-        if not context.hidden & H_CS64 or not longs[at.efer] & EFER_SCE:
+        words, longs, at = context.words, context.longs, context.at
+        hidden = words[at.hflags_w]
+        if not hidden & H_CS64 or not longs[at.efer] & EFER_SCE:
             raise Fault(6)
         flags = context.live_flags()
-        longs[at.gpr + RCX] = context.rip + length & MASK64
+        longs[at.gpr + RCX] = longs[at.rip] + length & MASK64
         longs[at.gpr + R11] = flags & ~F_RF
-        mask = longs[at.fmask] | F_RF
-        context.restore()
-        context.engine.write(REG.UC_X86_REG_EFLAGS, flags & ~mask | 2)
-        context.save()
         selector = longs[at.star] >> 32 & 0xFFFC
-        context.load_segment(SS, selector + 8, 0, NONE, _DATA)
-        context.load_segment(CS, selector, 0, NONE, _CODE64)
-        context.clear_flags(0)
-        context.rip = longs[at.lstar]
+        context.put_segment(SS, selector + 8, 0, NONE, _DATA)
+        context.put_segment(CS, selector, 0, NONE, _CODE64)
+        words[at.hflags_w] = hidden & ~(H_CPL | H_SHADOW | H_ADDSEG) | H_CS32 | H_SS32
+        longs[at.rip] = longs[at.lstar]
+        return flags & ~(longs[at.fmask] | F_RF) | 2
 
-    def sysenter(self, _length: int) -> None:
+    def sysenter(self, _length: int) -> int | None:
         """Enter the kernel at SYSENTER_EIP.
 
         Raises:
@@ -91,3 +95,4 @@ class FastCalls:
         context.load_segment(CS, selector, 0, NONE, _CODE64 if long_mode else _CODE32)
         context.rsp = read(_SYSENTER_ESP) & mask
         context.rip = read(_SYSENTER_EIP) & mask
+        return None

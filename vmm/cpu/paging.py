@@ -56,25 +56,29 @@ class Fault(Exception):
 
 
 class Physical:
-    """Guest-physical memory as the CPU's own accesses see it: RAM, else the MMIO bus."""
+    """Guest-physical memory as the CPU's own accesses see it: RAM, else the MMIO bus.
+
+    Attributes:
+        low, longs: the first RAM region, as bytes and as 64-bit words.
+    """
 
     def __init__(self, memory: GuestMemory, mmio: Bus) -> None:
         self._mmio = mmio
         low = memory.regions[0]
-        self._low = low.view
+        self.low = low.view
         self._low_size = low.size
-        self._longs = low.view.cast("Q")
+        self.longs = low.view.cast("Q")
         self._regions = memory.regions
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._longs.release()
+        self.longs.release()
 
     def window(self, address: int, length: int) -> tuple[memoryview, int] | None:
         """The RAM that holds the range, and the offset in it; None if it is not wholly RAM."""
         end = address + length
         if end <= self._low_size:
-            return self._low, address
+            return self.low, address
         for region in self._regions:
             if region.start <= address and end <= region.end:
                 return region.view, address - region.start
@@ -83,7 +87,7 @@ class Physical:
     def long(self, address: int) -> int:
         """An aligned 64-bit word."""
         if address < self._low_size:
-            return self._longs[address >> 3]
+            return self.longs[address >> 3]
         return self.load(address, 8)
 
     def load(self, address: int, size: int) -> int:

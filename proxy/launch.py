@@ -1,0 +1,143 @@
+"""How a device process starts: build the model, enter the jail, report, serve."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+
+from devices import registry
+from devices.contract import Device, DeviceHost
+from devices.errors import DeviceError, UserError
+from proxy import lane
+from proxy.child import ChildLoop
+from proxy.errors import ProtocolFault
+from proxy.host import ChildHost
+from proxy.jail import JailPlan, enter_jail, policy_for
+from proxy.tube import send, send_with_fds
+
+DeviceFactory = Callable[[DeviceHost], Device]
+
+# Exit statuses of a device process, after sysexits.h.
+DEVICE_BUG = 70
+START_FAILED = 71
+PROTOCOL = 76
+
+LISTENER = b"listener"
+"""The datagram that carries the seccomp listener to the warden."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The child is in its jail and waits for `Activate`."""
+
+    jail_report: Any
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The child could not start; `by_user` if its configuration is to blame."""
+
+    by_user: bool
+    text: str
+
+
+StartReport = Ready | StartFailed
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be built, in the child.
+
+    Attributes:
+        name: the device's configured name.
+        model: the model's name.
+        options: text or plain values.
+        factory: builds the device instead of `model` and `options`, or None.
+        fds: descriptors for the device, by option name.
+    """
+
+    name: str
+    model: str
+    options: Mapping[str, Any]
+    factory: DeviceFactory | None
+    fds: Mapping[str, int]
+
+
+def start_child(
+    order: Order,
+    plan: JailPlan,
+    end: socket.socket,
+    doorbell: int,
+    page_fd: int,
+    setup: socket.socket,
+) -> NoReturn:
+    """Be the device process from the fork to its end.
+
+    Everything that the device will import is imported when its model is built, before the jail.
+    """
+    status = START_FAILED
+    try:
+        try:
+            host = ChildHost(end, doorbell, order.fds)
+            device = _build(order, host)
+            page = lane.map_page(page_fd) if page_fd >= 0 else None
+            keep = [end.fileno(), doorbell, setup.fileno(), *order.fds.values()]
+            loop = ChildLoop(end, host, device, page)
+            gc.freeze()
+            report = enter_jail(
+                plan,
+                policy_for(order.model),
+                keep,
+                lambda listener: send_with_fds(setup, LISTENER, [listener]),
+            )
+            device.on_sandboxed()
+        except (UserError, DeviceError) as error:
+            text = error.reason if isinstance(error, DeviceError) else str(error)
+            _report(setup, StartFailed(isinstance(error, UserError), text))
+            raise
+        except Exception as error:
+            _report(setup, StartFailed(False, f"{type(error).__name__}: {error}"))
+            raise
+        _report(setup, Ready(msgspec.to_builtins(report)))
+        setup.close()
+        gc.enable()
+        status = _serve(loop, host)
+    finally:
+        os._exit(status)
+
+
+def _build(order: Order, host: DeviceHost) -> Device:
+    if order.factory is not None:
+        return order.factory(host)
+    kind = registry.load(order.model)
+    return kind(host, registry.parse_options(kind, order.options))
+
+
+def _report(setup: socket.socket, report: StartReport) -> None:
+    send(setup, msgspec.json.encode(report))
+
+
+def _serve(loop: ChildLoop, host: ChildHost) -> int:
+    """Serve until the end; the exit status. Nothing here may open a source file."""
+    try:
+        loop.serve()
+    except ProtocolFault as fault:
+        host.last_words(f"the machine broke the protocol: {fault}")
+        return PROTOCOL
+    except BaseException as error:
+        host.last_words(f"{type(error).__name__}: {error}{_place(error)}")
+        return DEVICE_BUG
+    return 0
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"

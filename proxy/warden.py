@@ -1,0 +1,216 @@
+"""`Warden`: the machine's handle of the process that forks and watches device processes."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import weakref
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from devices.errors import DeviceError, UserError
+from proxy.child_interface import ChildInterface
+from proxy.errors import ProtocolFault, TubeClosed
+from proxy.events import Obituary
+from proxy.jail import JailMode, JailPlan, plan_jail
+from proxy.launch import DeviceFactory
+from proxy.tube import (
+    MAX_DATAGRAM,
+    MAX_DESCRIPTORS,
+    Tube,
+    close_all,
+    pair,
+    set_receive_deadline,
+)
+from proxy.warden_process import (
+    ORDER_LIMIT,
+    CloseAll,
+    Launched,
+    NotLaunched,
+    SpawnOrder,
+    run_warden,
+)
+
+_MARGIN = 2.0
+"""Seconds that the warden has beyond the deadline of a start to say that it passed."""
+
+
+class Warden:
+    """Forks the warden process at once; make one before threads, the engine and guest memory.
+
+    Args:
+        factories: what `spawn` may name by index, for devices that are not models by name.
+        jail: how much jail each device gets.
+        deadline: seconds within which a device must start.
+        keep_fds: descriptors that the factories need; all others are closed in the warden.
+        plan: a plan that was made before; else the host is probed now.
+
+    Raises:
+        UserError: the jail that was asked for cannot be had.
+    """
+
+    def __init__(
+        self,
+        factories: Sequence[DeviceFactory] = (),
+        *,
+        jail: JailMode = JailMode.AUTO,
+        deadline: float = 5.0,
+        keep_fds: Sequence[int] = (),
+        plan: JailPlan | None = None,
+    ) -> None:
+        self._closed = True
+        self.plan = plan_jail(jail) if plan is None else plan
+        self.dead = False
+        """The warden's process has ended by itself; so have all its devices."""
+        self._factories = len(factories)
+        self._unread: list[Obituary] = []
+        self._known: dict[int, Obituary] = {}
+        self._pids: dict[str, int] = {}
+        self._children: weakref.WeakSet[ChildInterface] = weakref.WeakSet()
+        self._owner = os.getpid()
+        control, theirs = pair()
+        self._events, events = pair()
+        machine = os.pidfd_open(self._owner)
+        self.pid = os.fork()
+        if self.pid == 0:
+            run_warden(theirs, events, machine, factories, self.plan, deadline, keep_fds)
+        os.close(machine)
+        theirs.close()
+        events.close()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._control = Tube(control, ORDER_LIMIT)
+        set_receive_deadline(control, deadline + _MARGIN)
+        self._closed = False
+
+    def fileno(self) -> int:
+        """Readable when `obituaries` has something to say, or the warden is dead."""
+        return self._events.fileno()
+
+    def spawn(
+        self,
+        name: str,
+        model: str,
+        options: Mapping[str, Any],
+        *,
+        factory: int | None = None,
+        fds: Mapping[str, int] | None = None,
+    ) -> ChildInterface:
+        """Start a device process; it is in its jail when this returns.
+
+        Args:
+            name: the device's configured name.
+            model: the model's name; with `factory` it only chooses the jail's policy.
+            options: text or plain values.
+            factory: index of what builds the device instead.
+            fds: descriptors for the device; duplicated, the caller keeps its own.
+
+        Raises:
+            UserError: the model, its options or its descriptors are wrong.
+            DeviceError: it could not be started.
+        """
+        fds = fds or {}
+        if len(fds) > MAX_DESCRIPTORS:
+            raise UserError(f"device '{name}': at most {MAX_DESCRIPTORS} descriptors")
+        if factory is not None and not 0 <= factory < self._factories:
+            raise UserError(f"device '{name}': there is no factory {factory}")
+        if self._closed or self.dead:
+            raise DeviceError(name, "cannot be started: the warden is gone")
+        order = SpawnOrder(name, model, dict(options), factory, list(fds))
+        try:
+            self._control.send(msgspec.json.encode(order), list(fds.values()))
+            data, got = self._control.receive()
+        except (TubeClosed, BlockingIOError, ProtocolFault) as error:
+            self._lose()
+            raise DeviceError(name, "cannot be started: the warden is gone") from error
+        answer = msgspec.json.decode(data, type=Launched | NotLaunched)
+        if isinstance(answer, NotLaunched):
+            close_all(got)
+            if answer.by_user:
+                raise UserError(answer.text)
+            raise DeviceError(name, f"cannot be started: {answer.text}")
+        child = ChildInterface.from_fds(name, answer.pid, got, answer.jail_report)
+        child.obituary_of = self._obituary_of
+        self._pids[name] = answer.pid
+        self._children.add(child)
+        return child
+
+    def obituaries(self) -> list[Obituary]:
+        """The ends that were not told yet, in order; never waits."""
+        self._listen(0)
+        unread, self._unread = self._unread, []
+        return unread
+
+    def wait_obituary(self, name: str, timeout: float) -> Obituary | None:
+        """How the latest process of this name ended, if it does within `timeout` seconds."""
+        pid = self._pids.get(name)
+        return None if pid is None else self._obituary_of(pid, timeout)
+
+    def close(self) -> None:
+        """End all devices, then the warden; nothing is left behind. Idempotent.
+
+        Proxies should be shut down before; a device that was not is ended by closing its tube.
+        """
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        for child in list(self._children):
+            child.close()
+        try:
+            self._control.send(msgspec.json.encode(CloseAll()))
+        except TubeClosed:
+            pass
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(10_000):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._listen(0)
+        self._control.close()
+        self._events.close()
+        os.close(self._pidfd)
+
+    def __enter__(self) -> Warden:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _obituary_of(self, pid: int, timeout: float) -> Obituary | None:
+        end = monotonic() + timeout
+        while pid not in self._known:
+            left = end - monotonic()
+            if self.dead or self._closed or left < 0:
+                return None
+            self._listen(left)
+        return self._known[pid]
+
+    def _listen(self, timeout: float) -> None:
+        """Take what the warden tells, waiting at most `timeout` seconds for the first."""
+        poll = select.poll()
+        if self.dead:
+            return
+        poll.register(self._events, select.POLLIN)
+        while poll.poll(timeout * 1000):
+            timeout = 0
+            try:
+                data = self._events.recv(MAX_DATAGRAM, socket.MSG_DONTWAIT)
+            except OSError:
+                data = b""
+            if not data:
+                self._lose()
+                return
+            obituary = msgspec.json.decode(data, type=Obituary)
+            self._known[obituary.pid] = obituary
+            self._unread.append(obituary)
+
+    def _lose(self) -> None:
+        """The warden is gone, and with it goes every device (they die with their parent)."""
+        self.dead = True
