@@ -278,7 +278,6 @@ class Serial(ByteRegisters, Device):
         state = self.state
         if state.backlog:
             self._arrive()
-            self._update()
         value = _TRANSMITTER_IDLE
         if state.received:
             value |= _DATA_READY

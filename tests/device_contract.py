@@ -20,9 +20,11 @@ from devices.contract import Device, NoState
 from devices.errors import DeviceFailure
 from devices.registry import load, parse_options
 from proxy.device import ProxyDevice
+from proxy.placement import Placement
 from proxy.warden import Warden
 
-IN_PROCESS, PROXIED = "in-process", "proxied"
+IN_PROCESS, PROXIED, LANE = "in-process", "proxied", "proxied-lane"
+"""`LANE`: proxied, with the shared-memory lane for busy stretches where the host has a free CPU."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,16 @@ class Workshop:
 
     @contextmanager
     def make_subject(self, model: str, how: str) -> Iterator[Subject]:
-        """A fresh device of `model`, `IN_PROCESS` or `PROXIED`, that is closed at the end."""
-        make = self._proxied if how == PROXIED else self._in_process
-        with make(model) as subject:
+        """A fresh device of `model` that is closed at the end.
+
+        Args:
+            how: `IN_PROCESS`, `PROXIED` or `LANE`.
+        """
+        if how == IN_PROCESS:
+            making = self._in_process(model)
+        else:
+            making = self._proxied(model, Placement() if how == LANE else None)
+        with making as subject:
             yield subject
 
     @contextmanager
@@ -152,11 +161,12 @@ class Workshop:
             device.close()
 
     @contextmanager
-    def _proxied(self, model: str) -> Iterator[Subject]:
+    def _proxied(self, model: str, placement: Placement | None) -> Iterator[Subject]:
         if self._warden is None:
             self._warden = Warden()
         upcalls = Upcalls()
-        with ProxyDevice(self._warden.spawn("subject", model, {}), upcalls) as device:
+        child = self._warden.spawn("subject", model, {})
+        with ProxyDevice(child, upcalls, placement=placement) as device:
             yield Subject(device, upcalls.host)
         assert upcalls.failures == []
 

@@ -55,7 +55,7 @@ def decoded(selector: int, row: int) -> Segment:
     limit = row & 0xFFFF | row >> 32 & 0xF0000
     if row >> 55 & 1:
         limit = limit << 12 | 0xFFF
-    return Segment(selector, base, limit, row >> 32 & 0xF0FF00)
+    return Segment(selector, base, limit, row >> 32 & 0xFFFF00)
 
 
 def test_protected_mode_entry(memory: GuestMemory) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from device_contract import (
     IN_PROCESS,
+    LANE,
     PROXIED,
     Subject,
     Workshop,
@@ -32,7 +33,7 @@ PIC = "devices.irqchip.pic:PicPair"
 
 CASES = [
     *((model, IN_PROCESS) for model in (*sorted(MODELS), PIC)),
-    *((model, PROXIED) for model in sorted(MODELS)),
+    *((model, how) for model in sorted(MODELS) for how in (PROXIED, LANE)),
 ]
 
 
@@ -112,11 +113,12 @@ def test_the_same_accesses_give_the_same_results(subject: Subject, twin: Subject
     assert subject.host.story() == twin.host.story()
 
 
+@pytest.mark.parametrize("how", [PROXIED, LANE])
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_a_jailed_child_is_no_different(workshop: Workshop, model: str) -> None:
+def test_a_jailed_child_is_no_different(workshop: Workshop, model: str, how: str) -> None:
     with (
         workshop.make_subject(model, IN_PROCESS) as here,
-        workshop.make_subject(model, PROXIED) as there,
+        workshop.make_subject(model, how) as there,
     ):
         assert here.regions == there.regions
         assert (here.is_pci, here.takes_input) == (there.is_pci, there.takes_input)

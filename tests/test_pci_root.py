@@ -175,6 +175,13 @@ def test_byte_lanes_of_writes(lane: int, size: int, changed: int) -> None:
     assert board.violations == []
 
 
+def test_only_the_bytes_of_the_access_are_written() -> None:
+    board = Board()
+    board.plug(3)
+    board.write(3, BAR0 + 3, 0x1_23, 1)
+    assert board.read(3, BAR0 + 3) == 0x23
+
+
 def test_without_the_enable_bit_nobody_answers() -> None:
     board = Board()
     board.io.write(ADDRESS, 4, 0)

@@ -428,8 +428,8 @@ def test_modem_status_interrupt_ends_with_msr_read(guest: Guest) -> None:
     assert guest.iir() is Iir.MODEM_STATUS
     assert guest.host.irq
     assert guest.msr() & 0x0F
-    assert guest.iir() is Iir.NONE
     assert not guest.host.irq
+    assert guest.iir() is Iir.NONE
 
 
 def test_priorities(guest: Guest) -> None:
@@ -511,6 +511,13 @@ def test_loopback_modem_lines_and_deltas(guest: Guest, output: Mcr, line: Msr, d
     guest.write(Register.MCR, Mcr.LOOPBACK)
     assert guest.msr() == delta
     assert guest.msr() == 0
+
+
+@pytest.mark.parametrize("outputs", range(16))
+def test_loopback_wires_each_output_to_its_input(guest: Guest, outputs: int) -> None:
+    guest.write(Register.MCR, Mcr.LOOPBACK | outputs)
+    wires = [(Mcr.DTR, Msr.DSR), (Mcr.RTS, Msr.CTS), (Mcr.OUT1, Msr.RI), (Mcr.OUT2, Msr.DCD)]
+    assert guest.msr() & 0xF0 == sum(line for output, line in wires if outputs & output)
 
 
 def test_ring_indicator_counts_only_its_trailing_edge(guest: Guest) -> None:
