@@ -11,8 +11,6 @@ import struct
 from dataclasses import dataclass
 from importlib import resources
 
-from vmm.boot.options import Mode
-
 
 @dataclass(frozen=True)
 class Guest:
@@ -21,14 +19,14 @@ class Guest:
     Attributes:
         file: the name of its image in this package.
         summary: one line.
-        mode: for a flat binary that does not start in 32-bit mode.
+        mode: 64 for a flat binary that starts in long mode instead of 32-bit mode.
         load_addr: for a flat binary that does not go to the default address.
         parameters: names of the dwords from image offset 4 on that `patched` can set.
     """
 
     file: str
     summary: str
-    mode: Mode | None = None
+    mode: int | None = None
     load_addr: int | None = None
     parameters: tuple[str, ...] = ()
 
@@ -38,10 +36,10 @@ GUESTS = {
     "hello": Guest("hello.bin", "says hello over the serial port: the smallest guest"),
     "echo": Guest("echo.bin", "checks the echo device, every size at every offset"),
     "pci-scan": Guest("pci-scan.bin", "walks the PCI bus, sizes BARs, moves them while running"),
-    "pci64": Guest("pci64.bin", "moves a 64-bit BAR above 4 GiB", Mode.LONG),
+    "pci64": Guest("pci64.bin", "moves a 64-bit BAR above 4 GiB", 64),
     "serial-echo": Guest("serial-echo.bin", "gives back lines typed at it, by interrupt"),
     "serial-poll": Guest("serial-poll.bin", "gives back lines typed at it, by polling"),
-    "long-mode": Guest("long-mode.bin", "64-bit mode: exceptions, ring 3, SYSCALL", Mode.LONG),
+    "long-mode": Guest("long-mode.bin", "64-bit mode: exceptions, ring 3, SYSCALL", 64),
     "crash": Guest("crash.elf", "ends in a deliberate triple fault"),
     "stress": Guest(
         "stress.bin", "random port and memory accesses, every value checked", parameters=("rounds",)

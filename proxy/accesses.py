@@ -114,6 +114,8 @@ class Accesses:
         words, placement = self._words, self._placement
         if words is None or placement is None or self.is_open or self._link.failed:
             return False
+        if words[lane.CLOSED] != self._generation:
+            return False
         if not placement.grant(self, self._link.child.pid):
             return False
         self._generation += 1
@@ -165,6 +167,7 @@ class Accesses:
     def _stopped(self) -> None:
         if self.is_open:
             self._leave()
+        self.gate(True)  # a closed tube refuses for itself
 
     def unmap(self) -> None:
         """Give up the shared page."""
@@ -234,7 +237,7 @@ class Accesses:
         head_word, tail_word, value_word = lane.HEAD, lane.TAIL, lane.VALUE
         state_word, upcalls_word = lane.STATE, lane.UPCALLS
         dont_wait, spins, fence = socket.MSG_DONTWAIT, range(SPINS), threading.Lock()
-        count = head = 0
+        count = head = uncounted = 0
         limit = slots
         is_open = posted = False
 
@@ -260,22 +263,22 @@ class Accesses:
             send = link.tube.send if take else asleep
 
         def counts() -> tuple[int, int]:
-            return count, head
+            return count - uncounted, head
 
         def dropped() -> None:
             link.dropped_writes += 1
 
         def make_room() -> bool:
-            """Wait for a free slot of the ring."""
+            """Wait for a free slot; False on failure, or if the lane was closed meanwhile."""
             nonlocal limit
             tail = self._wait_tail(head - slots + 1, head, "Write")
             if tail is None:
                 return False
             limit = tail + slots
-            return True
+            return is_open
 
-        def slow_read(offset: int, size: int, request: bytes | None, datagram: bytes | None) -> int:
-            value = link.finish_read(request, datagram)
+        def slow_read(size: int, request: bytes | None, datagram: bytes | None) -> int:
+            value = link.finish_read(size, request, datagram)
             return ones[size] if value is None else value & ones[size]
 
         def region(index: int, base: int) -> RegionHandler:
@@ -285,8 +288,6 @@ class Accesses:
 
             def lane_read(offset: int, size: int) -> int:
                 nonlocal head, limit, posted
-                if head >= limit and not make_room():
-                    return ones[size]
                 pack_slot(
                     page, start + head % slots * step, reads[size], offset, handler.base + offset, 0
                 )
@@ -307,15 +308,17 @@ class Accesses:
                 return value & ones[size]
 
             def read(offset: int, size: int) -> int:
-                nonlocal count, posted
+                nonlocal count, posted, uncounted
                 if is_open:
-                    if words[state_word] != self._dozing:
+                    if words[state_word] == self._dozing:
+                        self.close_lane()
+                    elif head < limit or make_room():
                         return lane_read(offset, size)
-                    self.close_lane()
                 if not count & (BURST - 1):
                     tick()
-                    if is_open:
+                    if is_open and (head < limit or make_room()):
                         count += 1
+                        uncounted += 1
                         return lane_read(offset, size)
                 count += 1
                 posted = False
@@ -328,6 +331,8 @@ class Accesses:
                     got = receive(buffer)
                 except OSError as error:
                     return lost_read(size, request, error)
+                except Misuse:
+                    raise
                 except BaseException:
                     # An interrupt: the answer would be taken for that of the next read.
                     link.fail("was abandoned in mid-exchange", "Read")
@@ -336,11 +341,11 @@ class Accesses:
                     header, value = unpack(buffer)
                     if header == results[size]:
                         return int(value & ones[size])
-                return slow_read(offset, size, None, bytes(buffer[:got]))
+                return slow_read(size, None, bytes(buffer[:got]))
 
             def lost_read(size: int, request: bytes | None, error: OSError) -> int:
                 if request is not None and isinstance(error, BlockingIOError):
-                    return slow_read(0, size, request, None)
+                    return slow_read(size, request, None)
                 if isinstance(error, BlockingIOError):
                     link.fail(f"did not answer within {link.deadline:g} s", "Read")
                 else:
@@ -348,31 +353,29 @@ class Accesses:
                 return ones[size]
 
             def write(offset: int, size: int, value: int) -> None:
-                nonlocal count, head, posted
+                nonlocal count, head, posted, uncounted
                 posted = True
-                if is_open:
-                    if head < limit or make_room():
-                        pack_slot(
-                            page,
-                            start + head % slots * step,
-                            writes[size],
-                            offset,
-                            handler.base + offset,
-                            value,
-                        )
-                        head += 1
-                        words[head_word] = head
-                        with fence:
-                            pass
-                        if words[state_word] == self._dozing:
-                            self.close_lane()
-                    else:
-                        dropped()
+                if is_open and (head < limit or make_room()):
+                    pack_slot(
+                        page,
+                        start + head % slots * step,
+                        writes[size],
+                        offset,
+                        handler.base + offset,
+                        value,
+                    )
+                    head += 1
+                    words[head_word] = head
+                    with fence:
+                        pass
+                    if words[state_word] == self._dozing:
+                        self.close_lane()
                     return
                 if not count & (BURST - 1):
                     tick()
                     if is_open:
                         count += 1
+                        uncounted += 1
                         write(offset, size, value)
                         return
                 count += 1

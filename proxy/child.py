@@ -48,6 +48,9 @@ _RESULT = struct.Struct("<QQ")
 _RESULT_HEADERS = tuple(m.ReadResult.opcode | size << 8 for size in range(9))
 
 
+_LANE_CLOSED_FIRST = (m.Sleep, m.DestroyDevice, m.Shutdown, m.LaneOpen, m.Read, m.Write)
+
+
 class _Gone:
     """What answers for a device that was destroyed."""
 
@@ -263,6 +266,8 @@ class ChildLoop:
             command = m.decode(whole, m.COMMANDS)
             kind = type(command)
             self._session.command(kind)
+            if self._lane_state and kind in _LANE_CLOSED_FIRST:
+                raise ProtocolFault(f"{kind.__name__} while the lane is open")
             if (len(fds) == 1) != (kind is m.InitPciConfigMapping):
                 raise ProtocolFault(f"{kind.__name__} with {len(fds)} descriptors")
             self._mapping = fds[0] if fds else None
@@ -339,12 +344,10 @@ class ChildLoop:
         return m.Ok()
 
     def _destroy(self, _: m.DestroyDevice) -> None:
-        self._lane_state = 0
         self._close_device()
         self._host.flush()
 
     def _shutdown(self, _: m.Shutdown) -> m.Message:
-        self._lane_state = 0
         self._close_device()
         self._host.flush()
         return m.Ok()
@@ -386,7 +389,6 @@ class ChildLoop:
         return m.Ok()
 
     def _sleep(self, _: m.Sleep) -> m.Message:
-        self._lane_state = 0
         self._device.sleep()
         self._host.flush()
         return m.Ok()
@@ -407,4 +409,6 @@ class ChildLoop:
         self._words[lane.STATE] = self._lane_state
 
     def _lane_close(self, _: m.LaneClose) -> None:
+        if self._words is not None:
+            self._words[lane.CLOSED] = self._lane_state >> 1
         self._lane_state = 0

@@ -13,6 +13,8 @@ Rules that both ends keep:
   sleeps (in `STATE`), passes a full fence, looks at the ring once more, waits on the tube for one
   millisecond, looks again, and blocks. A machine that posted a request passes a full fence and
   looks at `STATE`; if it says asleep, `LaneClose` on the tube wakes the child.
+- The lane is opened again only when the child has told in `CLOSED` that it closed the generation
+  before. A child that is still in that one would take new requests ahead of what is in the tube.
 - `STATE` carries the generation of the lane, so that the machine never mistakes an old
   announcement for a new one.
 - The machine reads each word of the child once and believes it only after a check; it indexes by
@@ -42,6 +44,7 @@ TAIL = 8
 VALUE = 9
 STATE = 10
 UPCALLS = 11
+CLOSED = 12
 
 RING_START = 2048
 RING_SLOTS = 64

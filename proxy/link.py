@@ -112,8 +112,7 @@ class Link:
     def check(self) -> None:
         """Raises DeviceFailure if the device has failed."""
         if self.failed is not None:
-            failed = self.failed
-            raise DeviceFailure(failed.device, failed.reason)
+            raise self.failed.with_traceback(None)
 
     # Listening.
 
@@ -165,10 +164,13 @@ class Link:
             return False
         return True
 
-    def finish_read(self, request: bytes | None, datagram: bytes | None) -> int | None:
+    def finish_read(
+        self, size: int, request: bytes | None, datagram: bytes | None
+    ) -> int | None:
         """Finish a read that met something else than its answer; None on failure.
 
         Args:
+            size: how many bytes are read.
             request: what is still to be sent, if anything.
             datagram: what was received first, if anything.
         """
@@ -183,12 +185,14 @@ class Link:
             answer = None if datagram is None else self._judge(datagram)
             if answer is None:
                 answer = self._answer(end)
+            if not isinstance(answer, m.ReadResult) or answer.length != size:
+                raise ProtocolFault(f"{answer} as the answer to a Read of {size} bytes")
         except BaseException as error:
             self._blame(error, "Read")
             if not isinstance(error, Exception):
                 raise
             return None
-        return answer.data if isinstance(answer, m.ReadResult) else None
+        return answer.data
 
     # Inside.
 

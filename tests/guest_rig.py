@@ -19,7 +19,7 @@ from devices.pci.config_space import ConfigSpaceDevice
 from devices.pci.host_bridge import PciRoot
 from devices.serial import Serial
 from vmm.boot.loader import load
-from vmm.boot.options import BootOptions, Module
+from vmm.boot.options import BootOptions, Mode, Module
 from vmm.cpu.engine import Cpu, StopReason
 from vmm.memory import GuestMemory
 
@@ -119,7 +119,7 @@ class Rig:
         guest = guests.GUESTS[name]
         options = BootOptions(
             load_addr=guest.load_addr,
-            mode=guest.mode,
+            mode=None if guest.mode is None else Mode(guest.mode),
             cmdline=cmdline,
             modules=modules,
             name=name,
@@ -146,7 +146,7 @@ class Rig:
 
     @property
     def output(self) -> str:
-        return self.console.printed.decode("ascii")
+        return self.console.printed.decode("ascii", "replace")
 
     def _bus(self, kind: BusType) -> Bus:
         return self.ports if kind is BusType.PIO else self.mmio

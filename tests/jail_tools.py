@@ -1,21 +1,34 @@
-"""What the jail's tests share: plans of a few layers, things to steal, another user to be."""
+"""What the jail's tests share: plans of a few layers, another user to be."""
 
 from __future__ import annotations
 
+import array
 import contextlib
-import ctypes
+import json
 import os
 import pickle
+import select
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from proxy.jail import JailMode, JailPlan, layers, plan_jail
-from proxy.jail import linux
-from proxy.jail.escape import Targets
+from proxy.jail import (
+    JailMode,
+    JailPlan,
+    JailUnavailable,
+    Policy,
+    Rule,
+    enter_jail,
+    filter,
+    fork_into_jail,
+    layers,
+    linux,
+    plan_jail,
+    receive_violation,
+)
 
 NAMESPACE_LAYERS = ("userns", "pidns", "mountns", "netns", "ipcns", "utsns")
 ORDINARY_UID = 54321
@@ -31,15 +44,6 @@ def only(plan: JailPlan, *names: str) -> JailPlan:
 def floor() -> JailPlan:
     """The plan of a host that permits no namespaces."""
     return plan_jail(JailMode.AUTO, without=NAMESPACE_LAYERS)
-
-
-@contextlib.contextmanager
-def things_to_steal() -> Iterator[Targets]:
-    """What the attempts are after, all in this process."""
-    secret = ctypes.create_string_buffer(b"a secret")
-    with socket.create_server(("127.0.0.1", 0)) as server, open("/etc/hostname", "rb") as file:
-        port = server.getsockname()[1]
-        yield Targets(os.getpid(), ctypes.addressof(secret), 8, file.fileno(), port)
 
 
 def as_user(user: str, run: Callable[[], Any]) -> Any:
@@ -81,3 +85,73 @@ def kill_and_wait(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
+
+
+def send_listener(tube: socket.socket, fd: int) -> None:
+    """What a child does with its seccomp listener."""
+    tube.sendmsg([b"L"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+
+
+def run_in_jail(plan: JailPlan, work: Callable[[], Any], keep: Iterable[int] = ()) -> Any:
+    """Do something after entering; its JSON-able result, or the forbidden call's name."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there:
+        pid = fork_into_jail(plan)
+        if pid == 0:
+            try:
+                enter_jail(
+                    plan,
+                    Policy(),
+                    [there.fileno(), *keep],
+                    lambda fd: send_listener(there, fd),
+                )
+                there.send(json.dumps(work()).encode())
+            except BaseException as error:
+                there.send(json.dumps(f"{type(error).__name__}: {error}").encode())
+            finally:
+                os._exit(0)
+        there.close()
+        listener = -1
+        try:
+            while True:
+                poll = select.poll()
+                poll.register(here, select.POLLIN)
+                if listener >= 0:
+                    poll.register(listener, select.POLLIN)
+                ready = [fd for fd, _ in poll.poll(20_000)]
+                assert ready
+                if here.fileno() not in ready:
+                    return f"violation: {receive_violation(listener)}"
+                message, fds, _, _ = socket.recv_fds(here, 1 << 16, 1)
+                if not fds:
+                    return json.loads(message) if message else "no word"
+                listener = fds[0]
+        finally:
+            if listener >= 0:
+                os.close(listener)
+            kill_and_wait(pid)
+
+
+def forbid(*rules: Rule) -> None:
+    """Make this process and its children like those of a container that refuses these calls."""
+    seccomp = filter.binding()
+    program = seccomp.SyscallFilter(seccomp.ALLOW)
+    for rule in rules:
+        conditions = (seccomp.Arg(a.index, seccomp.MASKED_EQ, a.mask, a.value) for a in rule.args)
+        program.add_rule(seccomp.ERRNO(rule.refuse), rule.syscall, *conditions)
+    program.load()
+
+
+class Refused(JailUnavailable):
+    """A refusal that can be sent from one process to another."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ())
+
+
+def refusal(mode: JailMode, without: Iterable[str] = ()) -> None:
+    """Plan a jail that cannot be had. Raises Refused."""
+    try:
+        plan_jail(mode, without=without)
+    except JailUnavailable as error:
+        raise Refused(str(error)) from None

@@ -19,7 +19,7 @@ from proxy.child_interface import ChildInterface
 from proxy.placement import Placement
 from proxy.tube import pair
 
-SHAPE = m.Shape(regions=(Region("registers", BusType.MMIO, 0x1000, 0x1000_0000),))
+SHAPE = m.Shape(regions=(Region("registers", BusType.MMIO, 0x1000, 0x1000_0000),), takes_input=True)
 
 
 class Recorder:

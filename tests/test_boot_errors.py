@@ -238,6 +238,7 @@ OPTION_ERRORS = [
     (b"flat", BootOptions(load_addr=16 * MIB - 3), "lies outside RAM"),
     (b"flat", BootOptions(load_addr=-1), "at -0x1-0x2 lies outside RAM"),
     (b"flat", BootOptions(load_addr=1 << 70), "lies outside RAM"),
+    (b"flat", BootOptions(mode=16), "there is no CPU mode 16"),  # type: ignore[arg-type]
     (b"flat", BootOptions(load_addr=0x1000), "overlaps the boot GDT"),
     (b"flat", BootOptions(load_addr=0x2000, mode=Mode.LONG), "overlaps the boot page tables"),
 ]

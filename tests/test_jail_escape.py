@@ -9,10 +9,10 @@ import platform
 from collections.abc import Callable
 
 import pytest
-from jail_tools import USERS, as_user, floor, only, things_to_steal
+from jail_tools import USERS, as_user, floor, only
 
 from proxy.jail import JailMode, JailPlan, OnViolation, Policy, plan_jail
-from proxy.jail.escape import ATTEMPTS, BY_NAME, Attempt, Outcome, Targets, try_to_escape
+from proxy.jail.escape import ATTEMPTS, BY_NAME, Attempt, Outcome, Targets, bait, try_to_escape
 
 # What an ordinary user, or this host, may well refuse without any jail.
 _MAY_FAIL_ANYWAY = {
@@ -39,7 +39,7 @@ def _attempt(
     user: str, attempt: Attempt, make_plan: Callable[[], JailPlan], policy: Policy | None = None
 ) -> Outcome:
     def run() -> Outcome:
-        with things_to_steal() as targets:
+        with bait() as targets:
             return try_to_escape(attempt, targets, make_plan(), policy)
 
     return as_user(user, run)
@@ -77,7 +77,7 @@ def test_a_policy_that_denies_lets_it_try_on_and_fail(
     def run() -> list[Outcome]:
         policy = Policy(on_violation=OnViolation.DENY)
         plan = make_plan()
-        with things_to_steal() as targets:
+        with bait() as targets:
             return [try_to_escape(each, targets, plan, policy) for each in ATTEMPTS]
 
     for outcome in as_user(user, run):
@@ -88,7 +88,7 @@ def test_a_policy_that_denies_lets_it_try_on_and_fail(
 
 def test_without_a_listener_the_kernel_kills() -> None:
     plan = plan_jail(JailMode.AUTO, without={"notify"})
-    with things_to_steal() as targets:
+    with bait() as targets:
         outcome = try_to_escape(BY_NAME["read-file"], targets, plan)
     assert outcome == Outcome("read-file", False, "killed by SIGSYS")
 
@@ -112,7 +112,7 @@ def _machine_code(code: bytes) -> Attempt:
 @pytest.mark.parametrize("make_plan", [_full, floor])
 def test_i386_calls_do_not_pass(make_plan: Callable[[], JailPlan]) -> None:
     getpid = _machine_code(bytes.fromhex("b814000000 cd80 4898 c3"))  # 20 is getpid in i386
-    with things_to_steal() as targets:
+    with bait() as targets:
         before = try_to_escape(getpid, targets, only(_full()))
         if not before.escaped:
             pytest.skip(f"this kernel has no i386 calls: {before.detail}")
@@ -124,7 +124,7 @@ def test_i386_calls_do_not_pass(make_plan: Callable[[], JailPlan]) -> None:
 @pytest.mark.parametrize("make_plan", [_full, floor])
 def test_x32_calls_do_not_pass(make_plan: Callable[[], JailPlan]) -> None:
     getpid = _machine_code(bytes.fromhex("b827000040 0f05 c3"))
-    with things_to_steal() as targets:
+    with bait() as targets:
         before = try_to_escape(getpid, targets, only(_full()))
         assert "SIGSYS" not in before.detail
         outcome = try_to_escape(getpid, targets, make_plan())

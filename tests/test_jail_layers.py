@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
-from jail_tools import USERS, as_user, kill_and_wait, only, things_to_steal
+from jail_tools import USERS, as_user, kill_and_wait, only
 
 from proxy.jail import JailMode, JailPlan, Policy, enter_jail, fork_into_jail, linux, plan_jail
-from proxy.jail.escape import BY_NAME, Attempt, Outcome, Targets, try_to_escape
+from proxy.jail.escape import BY_NAME, Attempt, Outcome, Targets, bait, try_to_escape
 
 # Layer -> (the layers that it cannot be had without, what it stops alone)
 _ALONE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -37,7 +37,7 @@ _ALONE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "rlimits": ((), ("take-memory", "fork", "raise-limit")),
     "caps": ((), ("mount", "bpf", "capability")),
-    "uid": (("caps",), ("signal", "ptrace", "read-memory", "become-root")),
+    "uid": (("caps",), ("signal", "become-root")),
     "seccomp": (("nnp",), ("map-code", "unprotect-code", "stat-file", "userns", "fork")),
 }
 _CASES = [(layer, name) for layer, (_, names) in _ALONE.items() for name in names]
@@ -56,7 +56,7 @@ def test_a_layer_alone_stops(user: str, layer: str, name: str) -> None:
 
     def run() -> tuple[JailPlan, Outcome, Outcome]:
         plan = plan_jail(JailMode.AUTO)
-        with things_to_steal() as targets:
+        with bait() as targets:
             attempt = BY_NAME[name]
             bare = try_to_escape(attempt, targets, only(plan, *needs))
             return plan, bare, try_to_escape(attempt, targets, only(plan, layer, *needs))
@@ -75,7 +75,7 @@ def _alone(user: str, attempt: Attempt, *names: str) -> Outcome:
         missing = [name for name in names if name in plan.missing]
         if missing:
             return Outcome(attempt.name, False, f"host: {plan.missing[missing[0]]}")
-        with things_to_steal() as targets:
+        with bait() as targets:
             return try_to_escape(attempt, targets, only(plan, *names))
 
     return as_user(user, run)
@@ -98,7 +98,7 @@ def test_ipc_namespace(user: str) -> None:
         attempt = Attempt("ipc", "find a shared memory segment", find)
         plan = plan_jail(JailMode.AUTO)
         try:
-            with things_to_steal() as targets:
+            with bait() as targets:
                 return (
                     try_to_escape(attempt, targets, only(plan, "userns")),
                     try_to_escape(attempt, targets, only(plan, "userns", "ipcns")),
@@ -203,7 +203,7 @@ def test_session(names: tuple[str, ...]) -> None:
 
         attempt = Attempt("tty", "reach the terminal", find_terminal)
         try:
-            with things_to_steal() as targets:
+            with bait() as targets:
                 return try_to_escape(attempt, targets, only(plan_jail(JailMode.AUTO), *names))
         finally:
             os.close(main)
@@ -293,7 +293,7 @@ def test_descriptors() -> None:
     """What is kept stays and works; 0, 1 and 2 are /dev/null; all else is gone."""
     plan = only(plan_jail(JailMode.AUTO), "fds")
     reader, writer = os.pipe()
-    with open("/etc/hostname", "rb") as kept, open("/etc/hostname", "rb") as lost:
+    with open("/etc/passwd", "rb") as kept, open("/etc/passwd", "rb") as lost:
         pid = fork_into_jail(plan)
         if pid == 0:
             found = "?"

@@ -83,6 +83,7 @@ def machine() -> Machine:
 
 def test_delivers_nothing_before_initialization() -> None:
     machine = Machine()
+    assert not machine.pic.pending()
     machine.raise_irq(0, 1, 8, 15)
     machine.out(MASTER, 1, 0)
     assert not machine.pic.pending()
@@ -120,6 +121,8 @@ def test_icw1_says_how_many_words_follow(icw1: int, words: int) -> None:
     assert machine.pic.state.master.init is InitStep.READY
     machine.raise_irq(3)
     assert machine.take() == 0x48 + 3
+    assert machine.isr() == 0x08
+    assert not machine.pic.state.master.special_fully_nested
 
 
 def test_icw1_starts_over_but_keeps_lines_and_elcr(machine: Machine) -> None:
@@ -431,10 +434,32 @@ def test_poll_of_the_slave_acknowledges_it(machine: Machine) -> None:
     assert machine.take() == SLAVE_BASE + 2
 
 
+def test_a_poll_of_the_master_is_no_new_edge_of_the_slave(machine: Machine) -> None:
+    machine.raise_irq(10)
+    machine.out(MASTER, 0, POLL)
+    assert machine.inb(MASTER, 0) == 0x82
+    machine.eoi(MASTER)
+    assert not machine.pic.pending()
+
+
+def test_a_poll_of_the_slave_uncovers_its_next_request() -> None:
+    machine = Machine().init(slave_icw4=0x03)
+    machine.raise_irq(10, 11)
+    machine.out(MASTER, 0, POLL)
+    assert machine.inb(MASTER, 0) == 0x82
+    machine.eoi(MASTER)
+    machine.out(SLAVE, 0, POLL)
+    assert machine.inb(SLAVE, 0) == 0x82
+    assert machine.take() == SLAVE_BASE + 3
+
+
 def test_irr_isr_choice_lasts(machine: Machine) -> None:
     machine.raise_irq(3)
+    assert machine.inb(MASTER, 0) == 0x08
     machine.take()
     machine.raise_irq(5)
+    machine.out(MASTER, 0, 0x68)
+    assert machine.inb(MASTER, 0) == 0x20
     machine.out(MASTER, 0, READ_ISR)
     assert [machine.inb(MASTER, 0) for _ in range(2)] == [0x08, 0x08]
     machine.out(MASTER, 0, READ_IRR)

@@ -31,7 +31,7 @@ from proxy.jail import JailMode
 from vmm import snapshot as snapshots
 from vmm.attachment import Attachment, DeviceFactory
 from vmm.boot.loader import load
-from vmm.boot.options import BootOptions, BootResult
+from vmm.boot.options import BootOptions, BootResult, Mode
 from vmm.config import (
     DEFAULT_MEMORY,
     NAME,
@@ -458,7 +458,7 @@ def _image(image: str | Path | bytes, options: BootOptions | None) -> tuple[byte
             given,
             name=image,
             load_addr=guest.load_addr if given.load_addr is None else given.load_addr,
-            mode=guest.mode if given.mode is None else given.mode,
+            mode=Mode(guest.mode) if given.mode is None and guest.mode else given.mode,
         )
         return guests.image(image), chosen
     try:

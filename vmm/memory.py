@@ -6,6 +6,7 @@ The gap between holds MMIO, as on a PC.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -92,7 +93,9 @@ class GuestMemory:
         self.regions = []
         self._anchor = None
         self.view.release()
-        self._map.close()
+        # A traceback that is being handled may still hold a view; the mapping then goes with it.
+        with contextlib.suppress(BufferError):
+            self._map.close()
         os.close(self.fd)
         self.fd = -1
 

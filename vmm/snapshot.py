@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -74,7 +74,7 @@ class Manifest:
     engine: str
     files: dict[str, FileInfo]
     memory: list[Extent]
-    executed: int = 0
+    executed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
     console: ConsoleState = field(default_factory=ConsoleState)
 
 

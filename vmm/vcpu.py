@@ -127,8 +127,9 @@ class VcpuLoop:
             if steps is None:
                 stop = cpu.run(slice_budget)
             else:
+                before = cpu.executed
                 stop = cpu.step(1)
-                steps -= 1
+                steps -= cpu.executed != before  # a kick may have come first
             if stop.reason in (StopReason.SHUTDOWN, StopReason.ERROR):
                 self._crashed(stop)
 

@@ -68,6 +68,9 @@ def fork_into_jail(plan: JailPlan) -> int:
     namespace is had at the same time where it is what makes the PID namespace possible; the
     child can still read what its user can read.
 
+    As process 1 the child ignores every signal that it has no handler for, except SIGKILL from
+    outside. It dies with the thread that called this (prctl(2), PR_SET_PDEATHSIG).
+
     Raises OSError.
     """
     global _parent_pidfd, _unmapped_ids
@@ -200,7 +203,7 @@ class _Entry:
 
     def close_descriptors(self, standard: set[int]) -> None:
         wanted = self.keep_fds | standard
-        kept = wanted | ({_parent_pidfd} if _parent_pidfd >= 0 else set())
+        kept = wanted | ({_parent_pidfd} if self.watches_parent() else set())
         with _layer("fds"):
             first = 0
             for fd in sorted(kept):
@@ -209,6 +212,9 @@ class _Entry:
                 first = fd + 1
             _close_from_to(first, 0x7FFF_FFFF)
             self.details["fds"] = verify.descriptors(kept, len(self.keep_fds))
+
+    def watches_parent(self) -> bool:
+        return _parent_pidfd >= 0 and (self.plan.mode is JailMode.OFF or self.plan.has("pdeath"))
 
     def leave_session(self) -> None:
         with _layer("session"):

@@ -9,6 +9,7 @@ device model may call `Attempt.run` itself.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import mmap
 import os
@@ -17,7 +18,7 @@ import select
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,6 +59,15 @@ class Targets:
     length: int
     fd: int
     port: int
+
+
+@contextlib.contextmanager
+def bait() -> Iterator[Targets]:
+    """Have all that there is to be had in this process, for as long as the context lasts."""
+    secret = ctypes.create_string_buffer(b"a secret")
+    with socket.create_server(("127.0.0.1", 0)) as server, open("/etc/passwd", "rb") as file:
+        port = server.getsockname()[1]
+        yield Targets(os.getpid(), ctypes.addressof(secret), 8, file.fileno(), port)
 
 
 @dataclass(frozen=True)

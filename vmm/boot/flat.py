@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from devices.errors import UserError
 from vmm.boot import entry
 from vmm.boot.options import BootOptions, BootResult, Mode
 from vmm.boot.placement import Placement
@@ -14,9 +15,12 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
     """Copy `image` to its load address and start it there; see `entry` for the CPU's state.
 
     Raises:
-        UserError: it does not fit there.
+        UserError: it does not fit there, or there is no such mode.
     """
-    mode = Mode.PROTECTED if options.mode is None else options.mode
+    try:
+        mode = Mode.PROTECTED if options.mode is None else Mode(options.mode)
+    except ValueError:
+        raise UserError(f"there is no CPU mode {options.mode}; 32 and 64 are known") from None
     address = DEFAULT_LOAD_ADDRESS if options.load_addr is None else options.load_addr
     placement = Placement(memory)
     entry.prepare(placement, mode)

@@ -12,6 +12,7 @@ A guest may reuse all of it once it has its own GDT, page tables and stack.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from devices.errors import UserError
@@ -42,7 +43,8 @@ class Placement:
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
-        self.claims: list[Claim] = []
+        self._claims: list[Claim] = []
+        self._starts: list[int] = []
 
     @property
     def low(self) -> RamRegion:
@@ -60,10 +62,13 @@ class Placement:
         if not any(ram.start <= start and start + size <= ram.end for ram in self.memory.regions):
             ranges = " and ".join(span(ram.start, ram.size) for ram in self.memory.regions)
             raise UserError(f"{what} at {span(start, size)} lies outside RAM ({ranges})")
-        for taken in self.claims:
+        # Claims are disjoint and sorted: only the one before and the one behind can be in the way.
+        index = bisect_right(self._starts, start)
+        for taken in self._claims[max(index - 1, 0) : index + 1]:
             if start < taken.end and taken.start < start + size:
                 raise UserError(f"{what} at {span(start, size)} overlaps {taken}")
-        self.claims.append(Claim(start, start + size, what))
+        self._starts.insert(index, start)
+        self._claims.insert(index, Claim(start, start + size, what))
 
     def fill(self, what: str, start: int, data: bytes | memoryview, size: int = 0) -> None:
         """Claim room for `data`, or for `size` bytes if that is more, and write it.
@@ -82,7 +87,7 @@ class Placement:
     def find(self, size: int, above: int) -> int | None:
         """The lowest free page-aligned room for `size` bytes in low RAM, at `above` or higher."""
         place = -(-above // PAGE) * PAGE
-        for taken in sorted(self.claims, key=lambda claim: claim.start):
+        for taken in self._claims:
             if place + size <= taken.start:
                 break
             if taken.end > place:

@@ -225,17 +225,17 @@ class Cpu:
                 self._on_error(code)
             if self._final is not None:
                 return self._final
+            # Nothing asked the engine to stop, and yet it did: HLT, or a counted run's end.
+            ended = not code and not words[3]
+            if ended and not count:
+                self.halted = True
             if self._requested:
                 self._requested = False
                 return _REQUESTED
             if words[3]:
                 return _BUDGET
-            if not code:
-                break
-        if count:
-            return _STEPPED
-        self.halted = True
-        return _HALT
+            if ended:
+                return _STEPPED if count else _HALT
 
     def kick(self) -> None:
         """From any thread: end the current run before its next block, or else the next run."""
@@ -243,10 +243,11 @@ class Cpu:
         self._words[1] = -1
 
     def stop_now(self) -> None:
-        """From a bus callback: end the run after this access.
+        """From a bus callback: end the run before the next block, as REQUESTED.
 
-        In an OUT it stops right behind the instruction; elsewhere that would repeat the access for
-        ever, so it stops before the next block, like `kick`.
+        The access is complete and the few instructions up to the end of its block still run, HLT
+        among them (then `halted` is set). No exact earlier stop exists: the library's own, asked for
+        in a callback, repeats the next access to memory, also to device memory.
         """
         self._requested = True
         self._words[1] = -1
@@ -345,8 +346,7 @@ class Cpu:
         self._words[1] = -1
 
     def _install_io(self, ports: Bus, mmio: Bus) -> None:
-        engine, fail, cpu = self._engine, self._fail, self
-        stop = engine.stop
+        engine, fail = self._engine, self._fail
         port_read, port_write = ports.read, ports.write
 
         def on_in(_engine: int, port: int, size: int, _data: int) -> int:
@@ -359,8 +359,6 @@ class Cpu:
         def on_out(_engine: int, port: int, size: int, value: int, _data: int) -> None:
             try:
                 port_write(port, size, value)
-                if cpu._requested:
-                    stop()
             except BaseException as failure:
                 fail(failure)
 

@@ -1,0 +1,320 @@
+"""The shared-memory lane: order, wake-ups, hostile pages; also on hosts with a single CPU."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from proxy_helpers import Everywhere, Probe, Recorder, activate, child_of
+
+from proxy import lane
+from proxy import messages as m
+from proxy.accesses import BURST
+from proxy.device import ProxyDevice
+from proxy.jail import JailMode
+from proxy.warden import Warden
+
+pytestmark = pytest.mark.skipif(not lane.supported(), reason="no lane on this host")
+
+
+@pytest.fixture(scope="module")
+def warden() -> Iterator[Warden]:
+    with Warden([Probe], jail=JailMode.OFF) as made:
+        yield made
+
+
+@pytest.fixture
+def events() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def device(warden: Warden, events: Recorder) -> Iterator[ProxyDevice]:
+    child = warden.spawn("lane", "probe", {}, factory=0)
+    with ProxyDevice(child, events, placement=Everywhere(), deadline=20) as made:
+        yield made
+    assert not events.failures
+
+
+def open_lane(device: ProxyDevice) -> None:
+    assert device._accesses.open_lane()
+
+
+def test_a_burst_opens_the_lane(device: ProxyDevice) -> None:
+    (handler,) = device.handlers()
+    for value in range(4000):
+        handler.write(0, 8, value)
+        assert handler.read(0, 8) == value
+    stats = device.stats()
+    assert stats.lane_openings > 0
+    assert stats.lane_accesses > 0
+    assert stats.tube_accesses + stats.lane_accesses == 8000
+
+
+def test_a_few_accesses_do_not(device: ProxyDevice) -> None:
+    for _ in range(BURST - 1):
+        device.handlers()[0].read(0, 8)
+    assert device.stats().lane_openings == 0
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_sizes(device: ProxyDevice, size: int) -> None:
+    open_lane(device)
+    (handler,) = device.handlers()
+    handler.write(0, 8, 0x8877_6655_4433_2211)
+    assert handler.read(0, size) == 0x8877_6655_4433_2211 & (1 << 8 * size) - 1
+
+
+def test_commands_keep_their_order_across_both_lanes(device: ProxyDevice) -> None:
+    (handler,) = device.handlers()
+    chance = random.Random(1)
+    accesses = device._accesses
+    value = 0
+    for step in range(600):
+        match chance.randrange(6):
+            case 0:
+                accesses.open_lane()
+            case 1:
+                accesses.close_lane()
+            case 2:
+                assert device.snapshot()["value"] == value, step
+            case 3:
+                for value in range(step, step + chance.randrange(1, 200)):  # noqa: B007
+                    handler.write(0, 8, value)
+            case 4:
+                device.sleep()
+                assert device.snapshot()["value"] == value, step
+                device.wake()
+            case 5:
+                assert handler.read(0, 8) == value, step
+    assert accesses.lane_openings > 50
+
+
+def test_upcalls_keep_their_order(device: ProxyDevice, events: Recorder) -> None:
+    (handler,) = device.handlers()
+    expected = []
+    for value in range(300):
+        if value % 50 == 0:
+            device._accesses.open_lane()
+        handler.write(Probe.MSI, 4, value)
+        expected.append(("msi", 0xFEE0_0000, value))
+        if value % 3 == 0:
+            handler.read(Probe.IRQ, 1)
+            expected.append(("irq", 2, True))
+            # All that the child did before its answer has been handled when the read returns.
+            assert events.seen == expected
+        if value % 70 == 0:
+            device.get_ranges()
+    device.snapshot()
+    assert events.seen == expected
+
+
+def test_more_upcalls_than_the_tube_holds(device: ProxyDevice, events: Recorder) -> None:
+    (handler,) = device.handlers()
+    for _ in range(10):
+        device._accesses.open_lane()
+        handler.write(Probe.STORM, 8, 2000)
+        for value in range(200):
+            handler.write(0, 8, value)
+        assert handler.read(0, 8) == 199
+    assert len(events.seen) == 20_000
+
+
+def test_output_through_the_lane(device: ProxyDevice, events: Recorder) -> None:
+    text = bytes(index * 11 & 0xFF for index in range(9000))
+    for index, byte in enumerate(text):
+        if index % 500 == 0:
+            device._accesses.open_lane()
+        device.handlers()[0].write(Probe.OUTPUT, 1, byte)
+    device.sleep()
+    assert events.text == text + b"z"
+
+
+def test_output_is_sent_when_the_guest_is_done(device: ProxyDevice, events: Recorder) -> None:
+    open_lane(device)
+    device.handlers()[0].write(Probe.OUTPUT, 1, 65)
+    end = time.monotonic() + 10
+    while not events.text and time.monotonic() < end:
+        device.drain()
+    assert events.text == b"A"
+
+
+def test_no_wakeup_is_lost(device: ProxyDevice) -> None:
+    """Bursts with gaps around the time at which the child falls asleep; each value is compared."""
+    (handler,) = device.handlers()
+    chance = random.Random(2)
+    value = 0
+    for _ in range(400):
+        device._accesses.open_lane()
+        for _ in range(chance.randrange(1, 20)):
+            value += 1
+            handler.write(0, 8, value)
+            if chance.random() < 0.5:
+                assert handler.read(0, 8) == value
+        gap = chance.choice((0, 20e-6, 50e-6, 100e-6, 1e-3, 1.2e-3)) * chance.random()
+        end = time.perf_counter() + gap
+        while time.perf_counter() < end:
+            pass
+        if chance.random() < 0.3:
+            assert device.snapshot()["value"] == value
+    assert handler.read(0, 8) == value
+
+
+def test_posted_writes_reach_a_sleeping_child_without_another_access(
+    device: ProxyDevice, events: Recorder
+) -> None:
+    for index in range(30):
+        device._accesses.open_lane()
+        time.sleep(0.002 if index % 2 else 0.0001)
+        device.handlers()[0].write(Probe.IRQ, 1, index & 1)
+        end = time.monotonic() + 10
+        while len(events.seen) <= index and time.monotonic() < end:
+            device.drain()
+        assert events.seen[-1] == ("irq", 2, bool(index & 1))
+
+
+def test_an_idle_lane_uses_no_cpu(device: ProxyDevice) -> None:
+    open_lane(device)
+    device.handlers()[0].read(0, 1)
+    end = time.monotonic() + 10
+    while not device._accesses.idle() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert device._accesses.idle()
+    time.sleep(0.01)
+    with open(f"/proc/{device.pid}/stat") as file:
+        assert file.read().rpartition(")")[2].split()[0] == "S"
+
+
+def test_one_place_two_devices(warden: Warden, events: Recorder) -> None:
+    placement = Everywhere()
+    placement.places = 1
+    with (
+        ProxyDevice(warden.spawn("a", "probe", {}, factory=0), events, placement=placement) as a,
+        ProxyDevice(warden.spawn("b", "probe", {}, factory=0), events, placement=placement) as b,
+    ):
+        for value in range(3000):
+            for device in (a, b):
+                device.handlers()[0].write(0, 8, value)
+                assert device.handlers()[0].read(0, 8) == value
+            assert not (a._accesses.is_open and b._accesses.is_open)
+        assert a._accesses.lane_openings + b._accesses.lane_openings > 0
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("action", ["read", "write"])
+def test_death_and_hanging_are_seen_on_the_lane(
+    warden: Warden, sign: signal.Signals, action: str
+) -> None:
+    events = Recorder()
+    child = warden.spawn("dead", "probe", {}, factory=0)
+    device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+    (handler,) = device.handlers()
+    open_lane(device)
+    assert handler.read(0, 1) == 0
+    device._accesses.open_lane()
+    os.kill(device.pid, sign)
+    while device.failed is None:
+        if action == "read":
+            assert handler.read(0, 4) in (0, 0xFFFF_FFFF)
+        else:
+            handler.write(0, 4, 0)
+    assert handler.read(0, 4) == 0xFFFF_FFFF
+    dropped = device.stats().dropped_writes
+    handler.write(0, 4, 1)
+    assert device.stats().dropped_writes == dropped + 1
+    assert len(events.failures) == 1
+    device.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (lane.TAIL, 1 << 40),
+        (lane.TAIL, (1 << 64) - 1),
+        (lane.UPCALLS, 5),
+        (lane.UPCALLS, (1 << 64) - 1),
+        (lane.STATE, (1 << 64) - 1),
+        (lane.STATE, 3),
+        (lane.HEAD, 77),
+    ],
+)
+@pytest.mark.parametrize("action", ["read", "write"])
+def test_scribbling_on_the_page(word: int, value: int, action: str) -> None:
+    """The child answers nothing properly; the machine is never led astray, and ends the wait."""
+
+    def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
+        assert words is not None
+        activate(tube, has_lane=True)
+        tube.recv(100)
+        while True:
+            if word == lane.UPCALLS:
+                words[lane.VALUE] = (1 << 64) - 2
+                words[lane.TAIL] = words[lane.HEAD]
+            words[word] = value
+
+    events = Recorder()
+    with child_of(script, shared=True) as child:
+        device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+        open_lane(device)
+        (handler,) = device.handlers()
+        for _ in range(200):
+            if action == "read":
+                assert handler.read(0, 1) in (0xFE, 0xFF)
+            else:
+                handler.write(0, 1, 1)
+            device._accesses.open_lane()
+        if device.failed is None:
+            # Posted writes alone need no answer; the next command finds out.
+            assert device.read_config(0) == 0xFFFF_FFFF
+        assert device.failed is not None
+        assert len(events.failures) == 1
+        device.shutdown()
+
+
+def test_random_scribbling() -> None:
+    def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
+        assert words is not None
+        activate(tube, has_lane=True)
+        chance = random.Random(3)
+        while True:
+            words[chance.randrange(16)] = chance.choice(
+                (0, 1, 2, 3, words[0], words[0] - 1 & (1 << 64) - 1, chance.getrandbits(64))
+            )
+            tube.setblocking(False)
+            try:
+                tube.recv(100)
+                tube.send(m.ReadResult(4, 1).encode())
+            except BlockingIOError:
+                pass
+
+    events = Recorder()
+    with child_of(script, shared=True) as child:
+        device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+        (handler,) = device.handlers()
+        for _ in range(500):
+            device._accesses.open_lane()
+            assert 0 <= handler.read(0, 4) <= 0xFFFF_FFFF
+            handler.write(0, 4, 1)
+        assert len(events.failures) == 1
+        device.shutdown()
+
+
+def test_the_page_cannot_shrink_under_the_machine() -> None:
+    fd = lane.create_page("sealed")
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    lane.check_sealed(fd, lane.LANE_BYTES)
+    with pytest.raises(ValueError, match="too small"):
+        lane.check_sealed(fd, 1 << 20)
+    os.close(fd)
+    open_fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
+    os.ftruncate(open_fd, mmap.PAGESIZE)
+    with pytest.raises(ValueError, match="shrink"):
+        lane.check_sealed(open_fd, lane.LANE_BYTES)
+    os.close(open_fd)
