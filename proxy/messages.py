@@ -1,133 +1,27 @@
-"""The messages of the device-process contract, and their bytes. No IO happens here.
+"""The messages of the device-process contract.
 
-Rules:
-- Every message starts with one byte, its opcode: commands below 0x40, replies from 0x40, upcalls
-  (the child speaks first) from 0x80. 0xF0 and above belong to the tube's framing.
-- A command's class names the class of its reply; None means that it is posted.
-- Three kinds of body. *Fixed*: a little-endian layout with zero padding, for all that is small or
-  hot. *Bytes*: the rest of the message is one payload. *JSON*: for the rare ones with structure.
-- Decoding is strict. A byte too many or too few, a padding byte that is not zero, an unknown
-  field or a value out of range is a `ProtocolFault`.
+Commands go from the machine to the child and have opcodes below 0x40; replies have 0x40 and up,
+upcalls (the child speaks first) 0x80 and up; 0xF0 and above belong to the tube's framing. A
+command's class names the class of its reply; None means that it is posted.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import msgspec
 
 from devices.bus import BusType, Range
 from devices.contract import Region
 from devices.pci.contract import BarInfo, ConfigWriteResult
-from proxy.errors import ProtocolFault
-
-MAX_MESSAGE = 16 << 20
-"""Bytes of the longest message (a snapshot), all its chunks together."""
-MAX_BYTES = 4096
-"""Bytes of the longest payload of input or output."""
-MAX_TEXT = 2048
-"""Bytes of the longest log line or reason."""
-
-M = TypeVar("M", bound="Message")
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The base of all messages.
-
-    Attributes:
-        opcode: its first byte.
-        reply: the class that answers it; None for posted commands, replies and upcalls.
-        refusable: a command that may also be answered by `Refused`.
-        layout: of a fixed message: the opcode, then the fields in order.
-        limit: bytes that a message of this class never exceeds, opcode included.
-    """
-
-    opcode: ClassVar[int] = 0
-    reply: ClassVar[type[Message] | None] = None
-    refusable: ClassVar[bool] = False
-    layout: ClassVar[struct.Struct | None] = None
-    limit: ClassVar[int] = 16 << 10
-
-    def encode(self) -> bytes:
-        """The message's bytes.
-
-        Raises:
-            ValueError: it is longer than its limit, or holds what its encoding cannot express.
-        """
-        if self.layout is not None:
-            try:
-                return self.layout.pack(self.opcode, *msgspec.structs.astuple(self))
-            except struct.error as error:
-                raise ValueError(f"{type(self).__name__}: {error}") from error
-        try:
-            data = bytes((self.opcode,)) + self._body()
-        except (TypeError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise ValueError(f"{type(self).__name__}: {error}") from error
-        if len(data) > self.limit:
-            raise ValueError(f"{type(self).__name__} of {len(data)} bytes; {self.limit} at most")
-        return data
-
-    def _body(self) -> bytes:
-        return msgspec.json.encode(self)
-
-    @classmethod
-    def decode(cls: type[M], data: bytes) -> M:
-        """Make the message from all its bytes; the opcode is already known to be right.
-
-        Raises:
-            ProtocolFault: these bytes are not such a message.
-        """
-        if len(data) > cls.limit:
-            raise ProtocolFault(f"{cls.__name__} of {len(data)} bytes; {cls.limit} at most")
-        try:
-            if cls.layout is None:
-                return cls._parse(data[1:])
-            message = cls(*cls.layout.unpack(data)[1:])
-            if message.encode() == data:
-                return message
-        except (ValueError, struct.error, RecursionError) as error:
-            raise ProtocolFault(f"malformed {cls.__name__}: {error}") from error
-        raise ProtocolFault(f"malformed {cls.__name__}: padding is not zero")
-
-    @classmethod
-    def _parse(cls: type[M], body: bytes) -> M:
-        return msgspec.json.decode(body, type=cls)
-
-
-class _Payload(Message, frozen=True):
-    """A message whose body is one run of bytes."""
-
-    limit: ClassVar[int] = 1 + MAX_BYTES
-    data: bytes
-
-    def _body(self) -> bytes:
-        return self.data
-
-    @classmethod
-    def _parse(cls: type[M], body: bytes) -> M:
-        return cls(body)
-
-
-class _Text(Message, frozen=True):
-    """A message whose body is one line of text for people."""
-
-    limit: ClassVar[int] = 1 + MAX_TEXT
-    text: str
-
-    def _body(self) -> bytes:
-        return self.text.encode("utf-8", "replace")[:MAX_TEXT]
-
-    @classmethod
-    def _parse(cls: type[M], body: bytes) -> M:
-        return cls(printable(body.decode("utf-8", "replace")))
-
-
-def printable(text: str) -> str:
-    """`text` with everything replaced that could steer the reader's terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
+from proxy.codec import MAX_BYTES as MAX_BYTES
+from proxy.codec import MAX_MESSAGE as MAX_MESSAGE
+from proxy.codec import MAX_TEXT as MAX_TEXT
+from proxy.codec import Message as Message
+from proxy.codec import PayloadMessage, TextMessage
+from proxy.codec import decode as decode
 
 _EMPTY = struct.Struct("<B")
 _DWORD = struct.Struct("<B3xI")
@@ -146,14 +40,14 @@ def _check_length(length: int, most: int) -> None:
 class Ok(Message, frozen=True):
     """Done."""
 
-    opcode: ClassVar[int] = 0x40
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x40
+    layout = _EMPTY
 
 
-class Refused(_Text, frozen=True):
+class Refused(TextMessage, frozen=True):
     """Not done; the device is as it was and the text says why."""
 
-    opcode: ClassVar[int] = 0x41
+    opcode = 0x41
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,7 +62,7 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Activated(Message, frozen=True):
     """The child is a device now, of this shape; `lane` says that it can poll a shared page."""
 
-    opcode: ClassVar[int] = 0x42
+    opcode = 0x42
     shape: Shape
     lane: bool
 
@@ -176,8 +70,8 @@ class Activated(Message, frozen=True):
 class ReadResult(Message, frozen=True):
     """The value that was read, of which the low `length` bytes count."""
 
-    opcode: ClassVar[int] = 0x43
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<BB6xQ")
+    opcode = 0x43
+    layout = struct.Struct("<BB6xQ")
     length: int
     data: int
 
@@ -188,31 +82,31 @@ class ReadResult(Message, frozen=True):
 class ReadConfigResult(Message, frozen=True):
     """The dword of a config register."""
 
-    opcode: ClassVar[int] = 0x44
-    layout: ClassVar[struct.Struct | None] = _DWORD
+    opcode = 0x44
+    layout = _DWORD
     value: int
 
 
 class WriteConfigResult(Message, frozen=True):
     """What a config write asks the machine to change on its buses."""
 
-    opcode: ClassVar[int] = 0x45
+    opcode = 0x45
     result: ConfigWriteResult
 
 
 class MappingResult(Message, frozen=True):
     """Whether the device keeps the config mapping current from now on."""
 
-    opcode: ClassVar[int] = 0x46
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<B?")
+    opcode = 0x46
+    layout = struct.Struct("<B?")
     mapped: bool
 
 
 class ReadVirtualConfigResult(Message, frozen=True):
     """The value of a virtual config register."""
 
-    opcode: ClassVar[int] = 0x47
-    layout: ClassVar[struct.Struct | None] = _DWORD
+    opcode = 0x47
+    layout = _DWORD
     value: int
 
 
@@ -227,23 +121,23 @@ class ClaimedRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Ranges(Message, frozen=True):
     """All ranges that the device claims at the moment."""
 
-    opcode: ClassVar[int] = 0x48
+    opcode = 0x48
     ranges: tuple[ClaimedRange, ...]
 
 
 class SnapshotResult(Message, frozen=True):
     """The device's state as plain values."""
 
-    opcode: ClassVar[int] = 0x49
-    limit: ClassVar[int] = MAX_MESSAGE
+    opcode = 0x49
+    limit = MAX_MESSAGE
     state: Any
 
 
 class InputResult(Message, frozen=True):
     """How many leading bytes of the input the device took."""
 
-    opcode: ClassVar[int] = 0x4A
-    layout: ClassVar[struct.Struct | None] = _DWORD
+    opcode = 0x4A
+    layout = _DWORD
     accepted: int
 
 
@@ -253,9 +147,9 @@ class InputResult(Message, frozen=True):
 class Activate(Message, frozen=True):
     """Become a device: the first command, and only once."""
 
-    opcode: ClassVar[int] = 0x01
-    reply: ClassVar[type[Message] | None] = Activated
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x01
+    reply = Activated
+    layout = _EMPTY
 
 
 class Read(Message, frozen=True):
@@ -264,9 +158,9 @@ class Read(Message, frozen=True):
     `address` is where the machine saw the access; `requester` says who asked (0: the vCPU).
     """
 
-    opcode: ClassVar[int] = 0x02
-    reply: ClassVar[type[Message] | None] = ReadResult
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<BBBxIQQ")
+    opcode = 0x02
+    reply = ReadResult
+    layout = struct.Struct("<BBBxIQQ")
     length: int
     region: int
     requester: int
@@ -280,8 +174,8 @@ class Read(Message, frozen=True):
 class Write(Message, frozen=True):
     """Write the low `length` bytes of `data`; posted."""
 
-    opcode: ClassVar[int] = 0x03
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<BBBxIQQQ")
+    opcode = 0x03
+    layout = struct.Struct("<BBBxIQQQ")
     length: int
     region: int
     requester: int
@@ -296,18 +190,18 @@ class Write(Message, frozen=True):
 class ReadConfig(Message, frozen=True):
     """Read one dword of configuration space."""
 
-    opcode: ClassVar[int] = 0x04
-    reply: ClassVar[type[Message] | None] = ReadConfigResult
-    layout: ClassVar[struct.Struct | None] = _DWORD
+    opcode = 0x04
+    reply = ReadConfigResult
+    layout = _DWORD
     register: int
 
 
 class WriteConfig(Message, frozen=True):
     """Write the first `length` bytes of `data` at byte `offset` of a config register."""
 
-    opcode: ClassVar[int] = 0x05
-    reply: ClassVar[type[Message] | None] = WriteConfigResult
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<BBBxI4s")
+    opcode = 0x05
+    reply = WriteConfigResult
+    layout = struct.Struct("<BBBxI4s")
     offset: int
     length: int
     register: int
@@ -324,9 +218,9 @@ class InitPciConfigMapping(Message, frozen=True):
     One descriptor of the memory travels with the message.
     """
 
-    opcode: ClassVar[int] = 0x06
-    reply: ClassVar[type[Message] | None] = MappingResult
-    layout: ClassVar[struct.Struct | None] = _TWO_DWORDS
+    opcode = 0x06
+    reply = MappingResult
+    layout = _TWO_DWORDS
     base: int
     length: int
 
@@ -334,18 +228,18 @@ class InitPciConfigMapping(Message, frozen=True):
 class ReadVirtualConfig(Message, frozen=True):
     """Read a register that only the machine sees."""
 
-    opcode: ClassVar[int] = 0x07
-    reply: ClassVar[type[Message] | None] = ReadVirtualConfigResult
-    layout: ClassVar[struct.Struct | None] = _DWORD
+    opcode = 0x07
+    reply = ReadVirtualConfigResult
+    layout = _DWORD
     register: int
 
 
 class WriteVirtualConfig(Message, frozen=True):
     """Write a register that only the machine sees."""
 
-    opcode: ClassVar[int] = 0x08
-    reply: ClassVar[type[Message] | None] = Ok
-    layout: ClassVar[struct.Struct | None] = _TWO_DWORDS
+    opcode = 0x08
+    reply = Ok
+    layout = _TWO_DWORDS
     register: int
     value: int
 
@@ -353,83 +247,83 @@ class WriteVirtualConfig(Message, frozen=True):
 class DestroyDevice(Message, frozen=True):
     """The device goes away (hot-unplug), its process stays in its loop; posted."""
 
-    opcode: ClassVar[int] = 0x09
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x09
+    layout = _EMPTY
 
 
 class Shutdown(Message, frozen=True):
     """Clean up the device, answer, then end the process."""
 
-    opcode: ClassVar[int] = 0x0A
-    reply: ClassVar[type[Message] | None] = Ok
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x0A
+    reply = Ok
+    layout = _EMPTY
 
 
 class GetRanges(Message, frozen=True):
     """Ask for all ranges that the device claims at the moment."""
 
-    opcode: ClassVar[int] = 0x0B
-    reply: ClassVar[type[Message] | None] = Ranges
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x0B
+    reply = Ranges
+    layout = _EMPTY
 
 
 class Snapshot(Message, frozen=True):
     """Ask for the device's state."""
 
-    opcode: ClassVar[int] = 0x0C
-    reply: ClassVar[type[Message] | None] = SnapshotResult
-    refusable: ClassVar[bool] = True
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x0C
+    reply = SnapshotResult
+    refusable = True
+    layout = _EMPTY
 
 
 class Restore(Message, frozen=True):
     """Take up this state."""
 
-    opcode: ClassVar[int] = 0x0D
-    reply: ClassVar[type[Message] | None] = Ok
-    refusable: ClassVar[bool] = True
-    limit: ClassVar[int] = MAX_MESSAGE
+    opcode = 0x0D
+    reply = Ok
+    refusable = True
+    limit = MAX_MESSAGE
     state: Any
 
 
 class Sleep(Message, frozen=True):
     """Stop all activity; idempotent. The answer is a barrier for all that was posted."""
 
-    opcode: ClassVar[int] = 0x0E
-    reply: ClassVar[type[Message] | None] = Ok
-    refusable: ClassVar[bool] = True
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x0E
+    reply = Ok
+    refusable = True
+    layout = _EMPTY
 
 
 class Wake(Message, frozen=True):
     """Go on after `Sleep`; idempotent."""
 
-    opcode: ClassVar[int] = 0x0F
-    reply: ClassVar[type[Message] | None] = Ok
-    refusable: ClassVar[bool] = True
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x0F
+    reply = Ok
+    refusable = True
+    layout = _EMPTY
 
 
-class Input(_Payload, frozen=True):
+class Input(PayloadMessage, frozen=True):
     """Bytes from the outside world."""
 
-    opcode: ClassVar[int] = 0x10
-    reply: ClassVar[type[Message] | None] = InputResult
+    opcode = 0x10
+    reply = InputResult
 
 
 class LaneOpen(Message, frozen=True):
     """From here on accesses come through the shared page; posted. Generations count up from 1."""
 
-    opcode: ClassVar[int] = 0x11
-    layout: ClassVar[struct.Struct | None] = _DWORD
+    opcode = 0x11
+    layout = _DWORD
     generation: int
 
 
 class LaneClose(Message, frozen=True):
     """Finish what is in the shared page; accesses come through the tube again; posted."""
 
-    opcode: ClassVar[int] = 0x12
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x12
+    layout = _EMPTY
 
 
 # Upcalls.
@@ -438,8 +332,8 @@ class LaneClose(Message, frozen=True):
 class IrqLevel(Message, frozen=True):
     """Drive an interrupt line."""
 
-    opcode: ClassVar[int] = 0x80
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<B?B")
+    opcode = 0x80
+    layout = struct.Struct("<B?B")
     level: bool
     pin: int
 
@@ -447,8 +341,8 @@ class IrqLevel(Message, frozen=True):
 class Msi(Message, frozen=True):
     """A message-signalled interrupt."""
 
-    opcode: ClassVar[int] = 0x81
-    layout: ClassVar[struct.Struct | None] = _DWORD_QWORD
+    opcode = 0x81
+    layout = _DWORD_QWORD
     data: int
     address: int
 
@@ -456,8 +350,8 @@ class Msi(Message, frozen=True):
 class WrotePages(Message, frozen=True):
     """`count` guest pages of 4 KiB from page number `first` were written."""
 
-    opcode: ClassVar[int] = 0x82
-    layout: ClassVar[struct.Struct | None] = _DWORD_QWORD
+    opcode = 0x82
+    layout = _DWORD_QWORD
     count: int
     first: int
 
@@ -466,37 +360,37 @@ class WrotePages(Message, frozen=True):
             raise ValueError("pages past the end of the address space")
 
 
-class Log(_Text, frozen=True):
+class Log(TextMessage, frozen=True):
     """One line for the machine's log."""
 
-    opcode: ClassVar[int] = 0x83
+    opcode = 0x83
 
 
-class Output(_Payload, frozen=True):
+class Output(PayloadMessage, frozen=True):
     """Bytes for the outside world."""
 
-    opcode: ClassVar[int] = 0x84
+    opcode = 0x84
 
 
 class InputWanted(Message, frozen=True):
     """There is room for input again."""
 
-    opcode: ClassVar[int] = 0x85
-    layout: ClassVar[struct.Struct | None] = _EMPTY
+    opcode = 0x85
+    layout = _EMPTY
 
 
 class ExitRequest(Message, frozen=True):
     """End the run with this guest exit value."""
 
-    opcode: ClassVar[int] = 0x86
-    layout: ClassVar[struct.Struct | None] = struct.Struct("<B7xQ")
+    opcode = 0x86
+    layout = struct.Struct("<B7xQ")
     value: int
 
 
-class LastWords(_Text, frozen=True):
+class LastWords(TextMessage, frozen=True):
     """Why the process is about to end by itself."""
 
-    opcode: ClassVar[int] = 0x87
+    opcode = 0x87
 
 
 def _table(classes: Iterable[type[Message]]) -> dict[int, type[Message]]:
@@ -512,17 +406,3 @@ COMMANDS: Mapping[int, type[Message]] = _table(m for m in _ALL if m.opcode < 0x4
 REPLIES: Mapping[int, type[Message]] = _table(m for m in _ALL if 0x40 <= m.opcode < 0x80)
 UPCALLS: Mapping[int, type[Message]] = _table(m for m in _ALL if m.opcode >= 0x80)
 FROM_CHILD: Mapping[int, type[Message]] = {**REPLIES, **UPCALLS}
-
-
-def decode(data: bytes, known: Mapping[int, type[Message]]) -> Message:
-    """Make a message of whole bytes; `known` is COMMANDS or FROM_CHILD.
-
-    Raises:
-        ProtocolFault: these bytes are no message that this side may send.
-    """
-    if not data:
-        raise ProtocolFault("an empty message")
-    found = known.get(data[0])
-    if found is None:
-        raise ProtocolFault(f"unknown opcode {data[0]:#04x}")
-    return found.decode(data)

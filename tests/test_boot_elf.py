@@ -124,3 +124,27 @@ def test_a_broken_section_table_only_costs_the_symbols(memory: GuestMemory) -> N
         result = load(memory, bytes(image), BootOptions())
         assert result.symbols == []
         assert memory.read(0x100000, 4) == b"code"
+
+
+def test_undefined_symbols_and_sections_are_left_out(memory: GuestMemory) -> None:
+    image = elf(32, [Segment(b"code")], symbols=[("extern", 0, 0), ("start", 0x100000, 4)])
+    function_in_section_1 = b"\x12\x00\x01\x00"
+    for changed in (b"\x12\x00\x00\x00", b"\x13\x00\x01\x00"):
+        broken = image.replace(function_in_section_1, changed, 1)
+        assert load(memory, broken, BootOptions()).symbols == [(0x100000, 4, "start")]
+
+
+def test_compressed_symbols_are_left_out(memory: GuestMemory) -> None:
+    image = bytearray(elf(32, [Segment(b"code")], symbols=[("start", 0x100000, 4)]))
+    flags = len(image) - 2 * 40 + 8
+    assert image[flags : flags + 4] == bytes(4)
+    image[flags + 1] = 1 << 11 >> 8
+    assert load(memory, bytes(image), BootOptions()).symbols == []
+
+
+def test_a_bss_segment_has_no_place_in_the_file(memory: GuestMemory) -> None:
+    """Linkers give it any offset, also one past the end."""
+    segments = [Segment(b"code"), Segment(vaddr=0x200000, memory_size=8, offset=0x99999)]
+    memory.write(0x200000, DIRT * 9)
+    load(memory, elf(32, segments), BootOptions())
+    assert memory.read(0x200000, 9) == bytes(8) + DIRT

@@ -199,6 +199,16 @@ def message(image: bytes, options: BootOptions, size: int = 16 * MIB) -> str:
     return line
 
 
+@pytest.mark.parametrize("offset", [4, 32768])
+def test_elsewhere_there_is_no_multiboot_2_header(offset: int) -> None:
+    memory = GuestMemory(16 * MIB)
+    try:
+        image = bytes(offset) + multiboot2() + bytes(8)
+        assert load(memory, image, BootOptions()).format == "flat"
+    finally:
+        memory.close()
+
+
 @pytest.mark.parametrize("name", ["bzImage", "gzip", "Multiboot checksum", "Multiboot 2"])
 def test_who_insists_gets_a_flat_binary(name: str) -> None:
     image, _ = FLAT_ERRORS[name]

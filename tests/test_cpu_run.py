@@ -176,6 +176,25 @@ def test_step_counts_instructions(native: bool) -> None:
         assert bench.cpu.get_state().rip == CODE + 11
 
 
+def test_step_counts_in_code_that_has_run_before() -> None:
+    with Bench() as bench:
+        bench.start(
+            bench.long(),
+            bytes.fromhex(
+                # l: inc rax; inc rcx; inc rdx; jmp l
+                "48ffc048ffc148ffc2e9f2ffffff"
+            ),
+        )
+        bench.cpu.run(1000)
+        before = bench.cpu.get_state()
+        bench.cpu.step(2)
+        after = bench.cpu.get_state()
+        assert [a - b for a, b in zip(after.gpr[:3], before.gpr[:3], strict=True)] == [1, 1, 0]
+        bench.cpu.run(1000)
+        bench.cpu.step(2)
+        assert bench.cpu.get_state().rip == CODE + 6
+
+
 def test_step_into_a_fault_and_at_a_halt() -> None:
     with Bench() as bench:
         bench.start(

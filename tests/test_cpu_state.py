@@ -39,12 +39,20 @@ MIX16 = bytes.fromhex(
     "6601d86611f3c1c90731c2505fa30030d9ebdd1e08308ec0fdf9e9e3ff"
 )
 
+
+def low(bench: Bench) -> CpuState:
+    """16-bit protected mode, with IP below 64 KiB."""
+    state = bench.protected(bits=16)
+    state.rip = 0x7000
+    return state
+
+
 MODES: dict[str, tuple[Callable[[Bench], CpuState], bytes]] = {
     "real": (lambda b: b.real(), MIX16),
     "protected": (lambda b: b.protected(), MIX32),
     "protected ring 3": (lambda b: b.protected(user=True), MIX32),
     "protected 16-bit": (
-        lambda b: b.protected(bits=16),
+        low,
         bytes.fromhex(
             # l: add eax, ebx; push ax; pop cx; jmp l
             "6601d85059e9f8ff"

@@ -188,9 +188,7 @@ def test_a_hung_device_is_named_at_the_deadline() -> None:
 
 
 def test_isolate_goes_on_without_the_device() -> None:
-    with Machine(
-        memory="16M", host=HostOptions(on_failure=FailurePolicy.ISOLATE)
-    ) as machine:
+    with Machine(memory="16M", host=HostOptions(on_failure=FailurePolicy.ISOLATE)) as machine:
         machine.boot("stress")
         machine.run(budget=50_000)
         os.kill(_pid(machine, "echo"), signal.SIGKILL)
@@ -200,9 +198,7 @@ def test_isolate_goes_on_without_the_device() -> None:
 
 
 def test_a_failed_pci_function_leaves_the_bus() -> None:
-    with Machine(
-        memory="16M", host=HostOptions(on_failure=FailurePolicy.ISOLATE)
-    ) as machine:
+    with Machine(memory="16M", host=HostOptions(on_failure=FailurePolicy.ISOLATE)) as machine:
         machine.boot("hello")
         mmio = machine.parts.buses[BusType.MMIO]
         assert len(mmio) > 0
@@ -289,7 +285,7 @@ class Quitter(Device):
 
 
 def test_only_devices_with_the_right_end_the_run() -> None:
-    code = bytes.fromhex("66ba5005ee" "faf4")  # out 0x550; cli; hlt
+    code = bytes.fromhex("66ba5005eefaf4")  # out 0x550; cli; hlt
     with Machine(memory="16M") as machine:
         machine.add_device(Quitter)
         machine.boot(code)
@@ -342,7 +338,13 @@ def test_a_closed_machine_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("64M", 64 << 20), ("1G", 1 << 30), ("0x100000", 1 << 20), ("4096k", 4 << 20), ("16MiB", 16 << 20)],
+    [
+        ("64M", 64 << 20),
+        ("1G", 1 << 30),
+        ("0x100000", 1 << 20),
+        ("4096k", 4 << 20),
+        ("16MiB", 16 << 20),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -384,9 +386,7 @@ def test_devices_that_cannot_be(text: str, complaint: str) -> None:
 
 def test_general_options_of_devices() -> None:
     device = parse_device("echo,addr=0x600,irq=5,name=mine,isolation=none,bus=pio", [])
-    assert device == DeviceConfig(
-        "mine", "echo", {"bus": "pio"}, isolated=False, addr=0x600, irq=5
-    )
+    assert device == DeviceConfig("mine", "echo", {"bus": "pio"}, isolated=False, addr=0x600, irq=5)
     assert parse_device("echo", ["echo", "echo-2"]).name == "echo-3"
 
 

@@ -16,7 +16,7 @@ from devices.contract import NoOptions
 from devices.errors import DeviceError, DeviceFailure, UserError
 from devices.pci.contract import RegionRange
 from proxy import messages as m
-from proxy.child import shape_of
+from proxy.commands import shape_of
 from proxy.device import ProxyDevice
 from proxy.errors import Misuse
 from proxy.jail import JailMode

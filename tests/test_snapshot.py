@@ -332,8 +332,14 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda b: b["files"].update({"../../etc/passwd": {"size": 1, "sha256": ""}}), "no snapshot has"),
-        (lambda b: b["files"].update({"devices/../x.json": {"size": 1, "sha256": ""}}), "no device"),
+        (
+            lambda b: b["files"].update({"../../etc/passwd": {"size": 1, "sha256": ""}}),
+            "no snapshot has",
+        ),
+        (
+            lambda b: b["files"].update({"devices/../x.json": {"size": 1, "sha256": ""}}),
+            "no device",
+        ),
         (lambda b: b["memory"].append({"offset": 1 << 40, "length": 4096, "sha256": ""}), "past"),
         (lambda b: b["memory"].append({"offset": 0, "length": 4096, "sha256": ""}), "out of order"),
         (lambda b: b["config"].update({"memory": 1 << 50}), "memory"),
@@ -442,7 +448,9 @@ def test_any_damage_to_the_manifest_is_one_clear_error(good: Path, data: st.Data
     gpr=st.lists(st.integers(0, (1 << 64) - 1), min_size=16, max_size=16),
     state=st.recursive(
         st.none() | st.booleans() | st.integers(-(1 << 60), 1 << 60) | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        ),
         max_leaves=8,
     ),
 )

@@ -111,6 +111,7 @@ class Cpu:
         self.halted = False
         self._kicked = False
         self._requested = False
+        self._counting = False
         self._final: Stop | None = None
         self._failure: BaseException | None = None
         self._regions = [(region.start, region.end) for region in memory.regions]
@@ -211,6 +212,10 @@ class Cpu:
         if self.halted:
             return _HALT
         engine, words = self._engine, self._words
+        if count and not self._counting:
+            # The library drops code without its counter only when it stops counting.
+            engine.flush_translations()
+        self._counting = bool(count)
         self._budget.arm(min(budget, NO_LIMIT))
         if self._kicked:  # a kick that came before the limit was set
             self._kicked = False
@@ -246,8 +251,8 @@ class Cpu:
         """From a bus callback: end the run before the next block, as REQUESTED.
 
         The access is complete and the few instructions up to the end of its block still run, HLT
-        among them (then `halted` is set). No exact earlier stop exists: the library's own, asked for
-        in a callback, repeats the next access to memory, also to device memory.
+        among them (then `halted` is set). No exact earlier stop exists: the library's own, asked
+        for in a callback, repeats the next access to memory, also to device memory.
         """
         self._requested = True
         self._words[1] = -1

@@ -98,7 +98,8 @@ class Registers:
             ss.attributes = ss.attributes & ~(3 << 13) | (hidden & H_CPL) << 13
         return CpuState(
             gpr=longs[at.gpr : at.gpr + 16].tolist(),
-            rip=longs[at.rip],
+            # Outside 64-bit code the engine lets EIP run past its 32 bits.
+            rip=longs[at.rip] & (MASK64 if hidden & H_CS64 else NONE),
             rflags=context.live_flags() | 2,
             **segments,
             gdtr=DescriptorTable(*context.table(at.gdtr)),

@@ -1,0 +1,194 @@
+"""What each rare command does to the device model of a child."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+from devices.bus import ALL_ONES, BusDevice
+from devices.contract import Device, TakesInput
+from devices.errors import DeviceError
+from devices.pci.contract import ConfigWriteResult
+from proxy import messages as m
+from proxy.host import ChildHost
+
+
+def shape_of(device: Device) -> m.Shape:
+    """What a device looks like from outside.
+
+    The machine makes it of a model that it built itself and compares it with what a child says.
+    """
+    bars = tuple(device.bars()) if hasattr(device, "bars") else ()
+    return m.Shape(
+        regions=tuple(device.regions()),
+        is_pci=hasattr(device, "read_config"),
+        bars=bars,
+        takes_input=isinstance(device, TakesInput),
+    )
+
+
+class _Gone:
+    """What answers for a device that was destroyed."""
+
+    def read(self, offset: int, size: int, /) -> int:
+        return ALL_ONES[size]
+
+    def write(self, offset: int, size: int, value: int, /) -> None:
+        pass
+
+
+class Commands:
+    """One device model, driven by commands.
+
+    A refusable command that the model fails at is refused; any other exception of the model goes
+    through and ends the process.
+
+    Args:
+        device: the model; let go of when it is destroyed.
+        host: its host.
+        has_lane: whether this child can poll a shared page.
+
+    Attributes:
+        readers: the read function of each region. The list stays the same object when the
+            device is destroyed, only its entries change.
+        writers: as `readers`, for writes.
+    """
+
+    def __init__(self, device: Device, host: ChildHost, has_lane: bool) -> None:
+        self._device: Any = device
+        self._host = host
+        self._has_lane = has_lane
+        self._closed = False
+        self._mapping: int | None = None
+        handlers: list[BusDevice] = list(device.handlers())
+        self.readers = [each.read for each in handlers]
+        self.writers = [each.write for each in handlers]
+        self._table: dict[type[m.Message], Callable[[Any], m.Message | None]] = {
+            m.Activate: self._activate,
+            m.Read: self._read,
+            m.Write: self._write,
+            m.ReadConfig: self._read_config,
+            m.WriteConfig: self._write_config,
+            m.InitPciConfigMapping: self._map_config,
+            m.ReadVirtualConfig: self._read_virtual,
+            m.WriteVirtualConfig: self._write_virtual,
+            m.DestroyDevice: self._destroy,
+            m.Shutdown: self._shutdown,
+            m.GetRanges: self._get_ranges,
+            m.Snapshot: self._snapshot,
+            m.Restore: self._restore,
+            m.Sleep: self._sleep,
+            m.Wake: self._wake,
+            m.Input: self._input,
+        }
+
+    def carry_out(self, command: m.Message, fd: int | None) -> m.Message | None:
+        """Do it; the answer, or None for posted commands. `fd` stays with the caller."""
+        self._mapping = fd
+        run = self._table[type(command)]
+        if not command.refusable:
+            return run(command)
+        try:
+            return run(command)
+        except DeviceError as error:
+            return m.Refused(error.reason)
+        except Exception as error:
+            return m.Refused(f"{type(error).__name__}: {error}")
+
+    def close_device(self) -> None:
+        """Let the device clean up, once."""
+        if self._closed:
+            return
+        self._closed = True
+        gone = _Gone()
+        self.readers[:] = [gone.read] * len(self.readers)
+        self.writers[:] = [gone.write] * len(self.writers)
+        try:
+            self._device.close()
+        except Exception as error:
+            self._host.log(f"clean-up failed: {type(error).__name__}: {error}")
+        self._device = None
+        self._host.flush()
+
+    def _activate(self, _: m.Activate) -> m.Message:
+        return m.Activated(shape_of(self._device), self._has_lane)
+
+    def _read(self, command: m.Read) -> m.Message:
+        value = self.readers[command.region](command.offset, command.length)
+        return m.ReadResult(command.length, value)
+
+    def _write(self, command: m.Write) -> None:
+        self.writers[command.region](command.offset, command.length, command.data)
+
+    def _read_config(self, command: m.ReadConfig) -> m.Message:
+        value = ALL_ONES[4] if self._closed else self._device.read_config(command.register)
+        return m.ReadConfigResult(value)
+
+    def _write_config(self, command: m.WriteConfig) -> m.Message:
+        if self._closed:
+            return m.WriteConfigResult(ConfigWriteResult())
+        data = command.data[: command.length]
+        return m.WriteConfigResult(
+            self._device.write_config(command.register, command.offset, data)
+        )
+
+    def _map_config(self, command: m.InitPciConfigMapping) -> m.Message:
+        keep = getattr(self._device, "map_config", None)
+        if keep is None or self._mapping is None:
+            return m.MappingResult(False)
+        # mmap keeps its own duplicate of the descriptor; this one is closed by the caller.
+        memory = mmap.mmap(self._mapping, command.base + command.length)
+        return m.MappingResult(bool(keep(memoryview(memory), command.base, command.length)))
+
+    def _read_virtual(self, command: m.ReadVirtualConfig) -> m.Message:
+        value = 0 if self._closed else self._device.read_virtual_config(command.register)
+        return m.ReadVirtualConfigResult(value)
+
+    def _write_virtual(self, command: m.WriteVirtualConfig) -> m.Message:
+        if not self._closed:
+            self._device.write_virtual_config(command.register, command.value)
+        return m.Ok()
+
+    def _destroy(self, _: m.DestroyDevice) -> None:
+        self.close_device()
+
+    def _shutdown(self, _: m.Shutdown) -> m.Message:
+        self.close_device()
+        return m.Ok()
+
+    def _get_ranges(self, _: m.GetRanges) -> m.Message:
+        if self._closed:
+            return m.Ranges(())
+        current = getattr(self._device, "current_ranges", None)
+        if current is not None:
+            claimed = [m.ClaimedRange(each.region, bus, each.range) for bus, each in current()]
+            return m.Ranges(tuple(claimed))
+        found = []
+        for index, region in enumerate(self._device.regions()):
+            place = region.range()
+            if place is not None:
+                found.append(m.ClaimedRange(index, region.bus, place))
+        return m.Ranges(tuple(found))
+
+    def _snapshot(self, _: m.Snapshot) -> m.Message:
+        self._host.flush()
+        return m.SnapshotResult(self._device.snapshot())
+
+    def _restore(self, command: m.Restore) -> m.Message:
+        self._device.restore(command.state)
+        return m.Ok()
+
+    def _sleep(self, _: m.Sleep) -> m.Message:
+        self._device.sleep()
+        self._host.flush()
+        return m.Ok()
+
+    def _wake(self, _: m.Wake) -> m.Message:
+        self._device.wake()
+        return m.Ok()
+
+    def _input(self, command: m.Input) -> m.Message:
+        if self._closed or not isinstance(self._device, TakesInput):
+            return m.InputResult(0)
+        return m.InputResult(self._device.receive(command.data))

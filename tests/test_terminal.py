@@ -1,0 +1,155 @@
+"""The terminal: raw mode, the escape menu, and giving the terminal back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.terminal import ESCAPE, EscapeParser
+
+
+def test_keys_are_split() -> None:
+    parser = EscapeParser()
+    assert parser.feed(b"ab\x01xcd") == [("input", b"ab"), ("menu", b"x"), ("input", b"cd")]
+    assert parser.feed(b"\x01") == []
+    assert parser.feed(b"\x01e") == [("input", b"\x01e")]
+
+
+@given(st.lists(st.binary(max_size=5), max_size=6))
+def test_how_keys_are_cut_makes_no_difference(parts: list[bytes]) -> None:
+    def flat(found: list[tuple[str, bytes]]) -> list[tuple[str, int]]:
+        return [(kind, byte) for kind, data in found for byte in data]
+
+    whole = flat(EscapeParser().feed(b"".join(parts)))
+    parser = EscapeParser()
+    assert [item for part in parts for item in flat(parser.feed(part))] == whole
+
+
+class Screen:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+            os.execv(sys.executable, [sys.executable, "-m", "vmm", *arguments])
+        self.seen = b""
+
+    def type(self, data: bytes) -> None:
+        os.write(self.fd, data)
+
+    def expect(self, pattern: bytes, timeout: float = 60) -> bytes:
+        """Wait until `pattern` is on the screen; what stood before it is forgotten."""
+        end = time.monotonic() + timeout
+        while True:
+            match = re.search(pattern, self.seen)
+            if match:
+                self.seen = self.seen[match.end() :]
+                return match[0]
+            assert time.monotonic() < end, f"{pattern!r} did not come, but {self.seen!r}"
+            if select.select([self.fd], [], [], 1)[0]:
+                try:
+                    self.seen += os.read(self.fd, 4096)
+                except OSError:
+                    assert re.search(pattern, self.seen), f"ended with {self.seen!r}"
+
+    def end(self) -> int:
+        """Wait for the end; its exit status."""
+        with contextlib.suppress(OSError):
+            while os.read(self.fd, 4096):
+                pass
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def modes(self) -> list[object]:
+        return termios.tcgetattr(self.fd)
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+@contextlib.contextmanager
+def screen(*arguments: str, cwd: Path) -> Iterator[Screen]:
+    opened = Screen(*arguments, cwd=cwd)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def test_typing_and_leaving(tmp_path: Path) -> None:
+    with screen("boot", "serial-echo", "--mem", "16M", cwd=tmp_path) as s:
+        before = s.modes()
+        s.expect(b"\n")
+        s.type(b"hello\r")
+        s.expect(b"You said: hello")
+        assert not s.modes()[3] & termios.ICANON  # type: ignore[operator]
+        s.type(b"\x03")  # Ctrl-C is a key for the guest
+        s.type(b"quit\r")
+        s.expect(b"You said: ")
+        s.type(b"quit\r")
+        assert s.end() == 0
+        assert s.modes() == before
+
+
+def test_menu(tmp_path: Path) -> None:
+    with screen("boot", "counter", "--mem", "16M", cwd=tmp_path) as s:
+        before = s.modes()
+        s.expect(b"counter 2\r\n")
+        s.type(b"\x01h")
+        s.expect(b"Ctrl-A x")
+        s.type(b"\x01s")
+        s.expect(b"suspended")
+        s.seen = b""
+        assert not select.select([s.fd], [], [], 1.0)[0]  # nothing counts while it sleeps
+        s.type(b"\x01i")
+        s.expect(b"suspended for")
+        s.type(b"\x01w")
+        s.expect(b"snapshot written to vmm-snapshot")
+        s.type(b"\x01s")
+        s.expect(b"resumed")
+        s.expect(b"counter \\d+\r\n")
+        s.type(b"\x01x")
+        assert s.end() == 0
+        assert s.modes() == before
+    with screen("restore", "vmm-snapshot", cwd=tmp_path) as s:
+        s.expect(b"counter \\d+\r\n")
+        s.type(b"\x01x")
+        assert s.end() == 0
+
+
+def test_escape_twice_sends_it_to_the_guest(tmp_path: Path) -> None:
+    with screen("boot", "serial-echo", "--mem", "16M", cwd=tmp_path) as s:
+        s.expect(b"\n")
+        s.type(bytes([ESCAPE, ESCAPE]) + b"z\r")
+        s.expect(b"You said: \x01z")
+        s.type(b"\x01x")
+        assert s.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_terminal_is_given_back_after_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    with screen("boot", "counter", "--mem", "16M", cwd=tmp_path) as s:
+        before = s.modes()
+        s.expect(b"counter 1\r\n")
+        os.kill(s.pid, number)
+        assert s.end() == 130
+        assert s.modes() == before
