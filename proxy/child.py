@@ -92,7 +92,12 @@ class ChildLoop:
     def _serve_tube(self) -> None:
         """Serve the tube until the lane is opened or the session ends."""
         receive, send, buffer = self._end.recv_into, self._end.send, self._buffer
-        readers, writers, host, pending = self._commands.readers, self._commands.writers, self._host, self._host.pending
+        readers, writers, host, pending = (
+            self._commands.readers,
+            self._commands.writers,
+            self._host,
+            self._host.pending,
+        )
         result, headers = _RESULT.pack, _RESULT_HEADERS
         active = self._session.state in (State.ACTIVE, State.DESTROYED)
         while True:

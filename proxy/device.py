@@ -11,12 +11,13 @@ from devices.bus import ADDRESS_LIMIT, ALL_ONES, BusDevice, BusType, Range
 from devices.contract import Region
 from devices.errors import DeviceError, DeviceFailure
 from devices.pci.contract import CONFIG_REGISTERS, BarInfo, ConfigWriteResult, RegionRange
-from proxy import lane
+from proxy import lane as lanes
 from proxy import messages as m
 from proxy.accesses import Accesses
 from proxy.child_interface import ChildInterface
 from proxy.events import ProxyEvents
 from proxy.link import Link
+from proxy.machine_lane import MachineLane
 from proxy.messages import ClaimedRange, Shape
 from proxy.placement import Placement
 from proxy.session import State
@@ -90,8 +91,10 @@ class ProxyDevice:
             if wrong:
                 link.fail(wrong, "Activate")
                 link.check()
-            page = child.lane if answer.lane else -1
-            self._accesses = Accesses(link, answer.shape, page, placement)
+            self.lane = MachineLane(link, child.lane if answer.lane else -1, placement)
+            self._accesses = Accesses(link, answer.shape, self.lane)
+            link.on_sent = self._asked
+            link.on_stopped = self._stopped
             if map_config and self.shape.is_pci:
                 self._map_config()
         except BaseException:
@@ -140,7 +143,7 @@ class ProxyDevice:
     def stats(self) -> ProxyStats:
         tube, shared = self._accesses.counts()
         link = self._link
-        openings = self._accesses.lane_openings
+        openings = self.lane.openings
         return ProxyStats(tube, shared, openings, link.upcalls, link.dropped_writes)
 
     # PciConfig.
@@ -181,7 +184,7 @@ class ProxyDevice:
 
     def sleep(self) -> None:
         """Stop it; when this returns, all its upcalls so far have been handled. Idempotent."""
-        self._accesses.close_lane()
+        self.lane.close()
         self._link.ask(m.Sleep())
         self._accesses.gate(False)
 
@@ -240,9 +243,13 @@ class ProxyDevice:
             self._link.fail("", "")
         return self._link.failed is None
 
+    def fail(self, reason: str) -> None:
+        """The machine found it out in something that this room cannot judge: it has failed."""
+        self._link.fail(reason, "")
+
     def destroy(self) -> None:
         """Hot-unplug: the device is gone, its process is there until `shutdown`."""
-        self._accesses.close_lane()
+        self.lane.close()
         self._config = None
         self._link.post(m.DestroyDevice())
         self._accesses.gate(True)
@@ -257,15 +264,17 @@ class ProxyDevice:
         self._closed = True
         link = self._link
         try:
-            self._accesses.close_lane()
+            self.lane.close()
             link.ask(m.Shutdown())
             if not self._child.wait_end(link.deadline):
                 link.fail("did not end after Shutdown", "Shutdown")
         except DeviceError:
             pass  # told as an event already
         finally:
-            self._config = None
-            self._accesses.unmap()
+            if self._config is not None:
+                self._config.release()
+                self._config = None
+            self.lane.unmap()
             link.close()
 
     def __enter__(self) -> ProxyDevice:
@@ -280,6 +289,14 @@ class ProxyDevice:
 
     # Inside.
 
+    def _asked(self) -> None:
+        self._accesses.settle()
+        self.lane.asked()
+
+    def _stopped(self) -> None:
+        self.lane.abandon()
+        self._accesses.gate(True)  # a closed tube refuses for itself
+
     def _access(self, command: m.Message) -> m.Message | None:
         """Ask for the guest; None if the device has failed."""
         try:
@@ -288,7 +305,7 @@ class ProxyDevice:
             return None
 
     def _map_config(self) -> None:
-        fd = lane.create_sealed(f"config-{self.name}", _CONFIG_BYTES)
+        fd = lanes.create_sealed(f"config-{self.name}", _CONFIG_BYTES)
         try:
             memory = mmap.mmap(fd, _CONFIG_BYTES)
             answer = self._link.ask(m.InitPciConfigMapping(0, _CONFIG_BYTES), (fd,))

@@ -60,6 +60,10 @@ class Link:
         self.dropped_writes = 0
         self.on_failed: Callable[[DeviceFailure], None] | None = None
         """Told of the failure; not set before the child is a device."""
+        self.on_sent: Callable[[], None] = lambda: None
+        """Told after each command, except the accesses and those of the lane."""
+        self.on_stopped: Callable[[], None] = lambda: None
+        """Told before the tube is closed."""
         self.tube = child.tube
         self._assembler = Assembler(_UPCALL_LIMIT)
         self._last_words = ""
@@ -88,7 +92,7 @@ class Link:
         try:
             end = monotonic() + self.deadline
             self._send(data, fds, end)
-            self.sent()
+            self.on_sent()
             answer = self._answer(end)
         except BaseException as error:
             raise self._blame(error, kind.__name__) from None
@@ -102,12 +106,9 @@ class Link:
         self.session.command(type(command))
         try:
             self._send(command.encode(), (), monotonic() + self.deadline)
-            self.sent()
+            self.on_sent()
         except BaseException as error:
             raise self._blame(error, type(command).__name__) from None
-
-    def sent(self) -> None:
-        """After a command went into the tube; the lane overrides this."""
 
     def check(self) -> None:
         """Raises DeviceFailure if the device has failed."""
@@ -164,9 +165,7 @@ class Link:
             return False
         return True
 
-    def finish_read(
-        self, size: int, request: bytes | None, datagram: bytes | None
-    ) -> int | None:
+    def finish_read(self, size: int, request: bytes | None, datagram: bytes | None) -> int | None:
         """Finish a read that met something else than its answer; None on failure.
 
         Args:
@@ -318,13 +317,10 @@ class Link:
         if self._last_words:
             reason += f"; last words: {self._last_words}"
         self.failed = DeviceFailure(self.name, reason, doing)
-        self.stopped()
+        self.on_stopped()
         self.tube.close()
         if self.on_failed is not None:
             self.on_failed(self.failed)
-
-    def stopped(self) -> None:
-        """The tube is about to be closed; the lane overrides this."""
 
     def _hear_last_words(self) -> None:
         """Take what a dead child had sent; its output must not be lost."""
@@ -343,5 +339,5 @@ class Link:
     def close(self) -> None:
         """Give up the child: no failure is told any more."""
         self._failing = True
-        self.stopped()
+        self.on_stopped()
         self.child.close()

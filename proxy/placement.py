@@ -23,16 +23,20 @@ class Poller(Protocol):
     def idle(self) -> bool:
         """Whether its child has gone to sleep."""
 
-    def close_lane(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Placement:
-    """The CPUs that one machine has; shared by all its proxies."""
+    """The CPUs that one machine has; shared by all its proxies.
 
-    def __init__(self) -> None:
+    Args:
+        lanes: False lets no child poll.
+    """
+
+    def __init__(self, *, lanes: bool = True) -> None:
         self._cpus = os.sched_getaffinity(0)
         self._pollers: list[Poller] = []
-        self.places = len(self._cpus) - 1
+        self.places = len(self._cpus) - 1 if lanes else 0
         """How many children may poll at a time."""
         try:
             # PyDLL: the call is so short that letting go of the interpreter lock costs more.
@@ -43,7 +47,8 @@ class Placement:
     def describe(self) -> str:
         """One line on what was chosen, for statistics."""
         if not self.places:
-            return "one CPU: children share it, every access goes through the tube"
+            why = "one CPU" if len(self._cpus) == 1 else "no lanes wanted"
+            return f"{why}: every access goes through the tube, children follow the vCPU's thread"
         return (
             f"children follow the vCPU's thread (now on CPU {self._getcpu()}); of {len(self._cpus)} "
             f"CPUs {self.places} may poll a shared-memory lane, {len(self._pollers)} of them in use"
@@ -64,7 +69,9 @@ class Placement:
             idle = next((each for each in self._pollers if each.idle()), None)
             if idle is None:
                 return False
-            idle.close_lane()
+            idle.close()
+            if idle in self._pollers:
+                return False
         cpu = self._getcpu()
         if not _move(pid, self._cpus - {cpu}):
             return False

@@ -122,9 +122,7 @@ def send_with_fds(
     end.sendmsg([datagram], rights, flags)
 
 
-def receive_datagram(
-    end: socket.socket, count: int = 0, flags: int = 0
-) -> tuple[bytes, list[int]]:
+def receive_datagram(end: socket.socket, count: int = 0, flags: int = 0) -> tuple[bytes, list[int]]:
     """Receive one datagram with at most `count` descriptors; the caller owns those.
 
     Raises:

@@ -227,7 +227,6 @@ def test_snapshot_at_the_end(tmp_path: Path) -> None:
         (["boot", "hello", "--timeout", "soon"], "--timeout"),
         (["boot", "hello", "--module", "/no/file"], "/no/file"),
         (["boot", "hello", "--snapshot-at", "nan"], "--snapshot-at nan"),
-        (["boot", "hello", "--cpu", "999"], "999"),
         (["boot", "hello", "--frobnicate"], "--frobnicate"),
         (["restore", "/no/where"], "/no/where"),
         (["demo", "nothing"], "no demo 'nothing'"),
@@ -270,7 +269,7 @@ def test_images_that_are_none(tmp_path: Path, content: bytes, complaint: str) ->
 def test_help_teaches(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 0
-    assert len(done.stdout) > 300
+    assert len(done.stdout) > 250
     if arguments == ["--help"]:
         assert b"exit status" in done.stdout
 

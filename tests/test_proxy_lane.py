@@ -15,9 +15,9 @@ from proxy_helpers import Everywhere, Probe, Recorder, activate, child_of
 
 from proxy import lane
 from proxy import messages as m
-from proxy.accesses import BURST
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
+from proxy.machine_lane import BURST
 from proxy.warden import Warden
 
 pytestmark = pytest.mark.skipif(not lane.supported(), reason="no lane on this host")
@@ -43,7 +43,7 @@ def device(warden: Warden, events: Recorder) -> Iterator[ProxyDevice]:
 
 
 def open_lane(device: ProxyDevice) -> None:
-    assert device._accesses.open_lane()
+    assert device.lane.open()
 
 
 def test_a_burst_opens_the_lane(device: ProxyDevice) -> None:
@@ -74,18 +74,17 @@ def test_sizes(device: ProxyDevice, size: int) -> None:
 def test_commands_keep_their_order_across_both_lanes(device: ProxyDevice) -> None:
     (handler,) = device.handlers()
     chance = random.Random(1)
-    accesses = device._accesses
     value = 0
     for step in range(600):
         match chance.randrange(6):
             case 0:
-                accesses.open_lane()
+                device.lane.open()
             case 1:
-                accesses.close_lane()
+                device.lane.close()
             case 2:
                 assert device.snapshot()["value"] == value, step
             case 3:
-                for value in range(step, step + chance.randrange(1, 200)):  # noqa: B007
+                for value in range(step, step + chance.randrange(1, 200)):
                     handler.write(0, 8, value)
             case 4:
                 device.sleep()
@@ -93,7 +92,7 @@ def test_commands_keep_their_order_across_both_lanes(device: ProxyDevice) -> Non
                 device.wake()
             case 5:
                 assert handler.read(0, 8) == value, step
-    assert accesses.lane_openings > 50
+    assert device.lane.openings > 50
 
 
 def test_upcalls_keep_their_order(device: ProxyDevice, events: Recorder) -> None:
@@ -101,7 +100,7 @@ def test_upcalls_keep_their_order(device: ProxyDevice, events: Recorder) -> None
     expected = []
     for value in range(300):
         if value % 50 == 0:
-            device._accesses.open_lane()
+            device.lane.open()
         handler.write(Probe.MSI, 4, value)
         expected.append(("msi", 0xFEE0_0000, value))
         if value % 3 == 0:
@@ -118,7 +117,7 @@ def test_upcalls_keep_their_order(device: ProxyDevice, events: Recorder) -> None
 def test_more_upcalls_than_the_tube_holds(device: ProxyDevice, events: Recorder) -> None:
     (handler,) = device.handlers()
     for _ in range(10):
-        device._accesses.open_lane()
+        device.lane.open()
         handler.write(Probe.STORM, 8, 2000)
         for value in range(200):
             handler.write(0, 8, value)
@@ -130,7 +129,7 @@ def test_output_through_the_lane(device: ProxyDevice, events: Recorder) -> None:
     text = bytes(index * 11 & 0xFF for index in range(9000))
     for index, byte in enumerate(text):
         if index % 500 == 0:
-            device._accesses.open_lane()
+            device.lane.open()
         device.handlers()[0].write(Probe.OUTPUT, 1, byte)
     device.sleep()
     assert events.text == text + b"z"
@@ -151,7 +150,7 @@ def test_no_wakeup_is_lost(device: ProxyDevice) -> None:
     chance = random.Random(2)
     value = 0
     for _ in range(400):
-        device._accesses.open_lane()
+        device.lane.open()
         for _ in range(chance.randrange(1, 20)):
             value += 1
             handler.write(0, 8, value)
@@ -170,7 +169,7 @@ def test_posted_writes_reach_a_sleeping_child_without_another_access(
     device: ProxyDevice, events: Recorder
 ) -> None:
     for index in range(30):
-        device._accesses.open_lane()
+        device.lane.open()
         time.sleep(0.002 if index % 2 else 0.0001)
         device.handlers()[0].write(Probe.IRQ, 1, index & 1)
         end = time.monotonic() + 10
@@ -183,9 +182,9 @@ def test_an_idle_lane_uses_no_cpu(device: ProxyDevice) -> None:
     open_lane(device)
     device.handlers()[0].read(0, 1)
     end = time.monotonic() + 10
-    while not device._accesses.idle() and time.monotonic() < end:
+    while not device.lane.idle() and time.monotonic() < end:
         time.sleep(0.001)
-    assert device._accesses.idle()
+    assert device.lane.idle()
     time.sleep(0.01)
     with open(f"/proc/{device.pid}/stat") as file:
         assert file.read().rpartition(")")[2].split()[0] == "S"
@@ -202,8 +201,8 @@ def test_one_place_two_devices(warden: Warden, events: Recorder) -> None:
             for device in (a, b):
                 device.handlers()[0].write(0, 8, value)
                 assert device.handlers()[0].read(0, 8) == value
-            assert not (a._accesses.is_open and b._accesses.is_open)
-        assert a._accesses.lane_openings + b._accesses.lane_openings > 0
+            assert not (a.lane.is_open and b.lane.is_open)
+        assert a.lane.openings + b.lane.openings > 0
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
@@ -217,7 +216,7 @@ def test_death_and_hanging_are_seen_on_the_lane(
     (handler,) = device.handlers()
     open_lane(device)
     assert handler.read(0, 1) == 0
-    device._accesses.open_lane()
+    device.lane.open()
     os.kill(device.pid, sign)
     while device.failed is None:
         if action == "read":
@@ -268,7 +267,7 @@ def test_scribbling_on_the_page(word: int, value: int, action: str) -> None:
                 assert handler.read(0, 1) in (0xFE, 0xFF)
             else:
                 handler.write(0, 1, 1)
-            device._accesses.open_lane()
+            device.lane.open()
         if device.failed is None:
             # Posted writes alone need no answer; the next command finds out.
             assert device.read_config(0) == 0xFFFF_FFFF
@@ -298,7 +297,7 @@ def test_random_scribbling() -> None:
         device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
         (handler,) = device.handlers()
         for _ in range(500):
-            device._accesses.open_lane()
+            device.lane.open()
             assert 0 <= handler.read(0, 4) <= 0xFFFF_FFFF
             handler.write(0, 4, 1)
         assert len(events.failures) == 1

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from devices import registry
 from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
 from devices.contract import Device, DeviceHost, Region, TakesInput
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.pci.contract import BarInfo
+from devices.pci.contract import PciConfig
 from vmm.config import DeviceConfig
 
 DeviceFactory = Callable[[DeviceHost], Device]
@@ -109,16 +109,17 @@ class Attachment:
     def name(self) -> str:
         return self.config.name
 
-    def takes_input(self) -> bool:
-        declared = getattr(self.device, "takes_input", None)
-        return isinstance(self.device, TakesInput) if declared is None else bool(declared)
+    def input(self) -> TakesInput | None:
+        """The device as one that takes bytes from the outside world, if it does."""
+        if isinstance(self.device, TakesInput) and getattr(self.device, "takes_input", True):
+            return self.device
+        return None
 
-    def pci_bars(self) -> tuple[BarInfo, ...] | None:
-        """The BARs of a PCI function; None for any other device."""
-        if not getattr(self.device, "is_pci", False):
-            return None
-        bars: tuple[BarInfo, ...] = self.device.bars()  # type: ignore[attr-defined]
-        return bars
+    def pci_function(self) -> PciConfig | None:
+        """The device as a PCI function, if it is one."""
+        if getattr(self.device, "is_pci", False):
+            return cast(PciConfig, self.device)
+        return None
 
     def place(self, buses: Mapping[BusType, Bus]) -> None:
         """Put the regions that have an address of their own on the buses.

@@ -96,14 +96,12 @@ class HostOptions:
         deadline: seconds that the machine waits for an answer of a device process.
         on_failure: what a device failure means for the run.
         fast_lane: whether accesses may go through shared memory where a CPU is free.
-        cpu: the host CPU for the vCPU and its device processes; None: chosen at start.
     """
 
     jail: JailMode = JailMode.AUTO
     deadline: float = 5.0
     on_failure: FailurePolicy = FailurePolicy.STOP
     fast_lane: bool = True
-    cpu: int | None = None
 
 
 def default_devices() -> tuple[DeviceConfig, ...]:

@@ -11,7 +11,6 @@ Everything here happens on the thread that calls `run` (the vCPU thread).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import signal
 from collections.abc import Callable, Mapping
@@ -21,17 +20,16 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-import guests
-from devices import registry
 from devices.bus import BusType, Range
 from devices.contract import Device, DeviceHost
 from devices.errors import DeviceError, DeviceFailure, UserError
 from devices.pci.intx import PIRQ_IRQS
 from proxy.jail import JailMode
+from vmm import saving, sources
 from vmm import snapshot as snapshots
-from vmm.attachment import Attachment, DeviceFactory
+from vmm.attachment import DeviceFactory
 from vmm.boot.loader import load
-from vmm.boot.options import BootOptions, BootResult, Mode
+from vmm.boot.options import BootOptions, BootResult
 from vmm.config import (
     DEFAULT_MEMORY,
     NAME,
@@ -39,11 +37,9 @@ from vmm.config import (
     HostOptions,
     MachineConfig,
     default_devices,
-    difference,
     parse_size,
 )
 from vmm.console import ConsoleBuffer
-from vmm.cpu.library import VERSION
 from vmm.interrupt import noted_signals
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
@@ -88,7 +84,6 @@ class Machine:
         if jail is not None:
             self.host = replace(self.host, jail=JailMode(jail))
         self.console = ConsoleBuffer()
-        self.suspended = False
         self.between: Callable[[], None] | None = None
         """Called between slices when anything happened; may call any method of the machine."""
         self._signal = 0
@@ -128,7 +123,7 @@ class Machine:
         """
         if self._parts is not None:
             raise UserError("devices can be added only before the machine is built")
-        text, factory = _model_and_factory(model, options)
+        text, factory = sources.model_and_factory(model, options)
         if name is None:
             taken = {device.name for device in self.config.devices}
             base = text.rpartition(":")[2].rpartition(".")[2].lower()
@@ -174,7 +169,7 @@ class Machine:
         Raises:
             UserError: the image or the options; see `vmm.boot.loader.load`.
         """
-        data, options = _image(image, options)
+        data, options = sources.read_image(image, options)
         parts = self.parts
         result = load(parts.memory, data, options)
         self._play_firmware()
@@ -269,49 +264,26 @@ class Machine:
 
     # Suspend, snapshot, restore.
 
-    def suspend(self) -> None:
-        """Put every device to sleep: nothing happens any more until `resume`.
+    @property
+    def suspended(self) -> bool:
+        """Whether the devices sleep and the guest stands still."""
+        return self._parts is not None and self._parts.vcpu.suspended
 
-        Devices sleep in the order of their buses, port I/O first, each once; then what they said
-        last is handled, so that no interrupt is in flight.
+    def suspend(self) -> None:
+        """Stop guest and devices until `resume`; see `Parts.suspend`.
 
         Raises:
-            DeviceError: a device refused or failed; those that slept are awake again.
+            DeviceError: a device refused or failed; the machine can run on.
         """
-        parts = self.parts
-        if self.suspended:
-            return
-        slept: list[Attachment] = []
-        try:
-            for attachment in parts.sleep_order():
-                attachment.device.sleep()
-                slept.append(attachment)
-        except DeviceError:
-            for attachment in reversed(slept):
-                _wake_quietly(attachment)
-            raise
-        parts.drain()
-        self.suspended = parts.vcpu.suspended = True
+        self.parts.suspend()
 
     def resume(self) -> None:
-        """Wake every device; the guest goes on with `run`.
+        """Let the devices go on; the guest does with `run`.
 
         Raises:
             DeviceError: a device failed to wake; the others are awake.
         """
-        if not self.suspended:
-            return
-        parts = self.parts
-        self.suspended = parts.vcpu.suspended = False
-        failures = []
-        for attachment in reversed(parts.sleep_order()):
-            try:
-                attachment.device.wake()
-            except DeviceError as error:
-                failures.append(error)
-        parts.request_attention()
-        if failures:
-            raise failures[0]
+        self.parts.resume()
 
     def snapshot(self, path: str | Path) -> None:
         """Save the whole machine as a directory (see `vmm.snapshot`); the guest can go on.
@@ -320,22 +292,7 @@ class Machine:
             DeviceError: a device cannot be saved; nothing was written and the guest can go on.
             UserError: the directory cannot be written.
         """
-        was_suspended = self.suspended
-        self.suspend()
-        try:
-            parts = self.parts
-            saved = snapshots.Snapshot(
-                config=self.config,
-                engine=f"unicorn {VERSION}",
-                cpu=parts.cpu.get_state(),
-                devices={a.name: a.device.snapshot() for a in parts.stateful()},
-                executed=parts.cpu.executed,
-                console=snapshots.ConsoleState(self.console.pending),
-            )
-            snapshots.save(Path(path), saved, parts.memory)
-        finally:
-            if not was_suspended:
-                self.resume()
+        saving.save(self.parts, Path(path))
 
     @classmethod
     def restore(
@@ -356,42 +313,15 @@ class Machine:
             DeviceError: a device refuses its state.
         """
         path = Path(path)
-        manifest = snapshots.load_manifest(path)
-        machine = cls(manifest.config, host=host, jail=jail)
+        machine = cls(snapshots.load_manifest(path).config, host=host, jail=jail)
         for name, given in (factories or {}).items():
-            _, factory = _model_and_factory(given, {})
-            assert factory is not None
-            machine._factories[name] = factory
+            machine._factories[name] = sources.factory_of(given)
         try:
-            machine._load(path)
+            saving.load(machine.parts, path)
         except BaseException:
             machine.close()
             raise
         return machine
-
-    def _load(self, path: Path) -> None:
-        parts = self.parts
-        saved = snapshots.load(path, parts.memory)
-        change = difference(saved.config, self.config)
-        if change is not None:
-            raise UserError(f"snapshot {path} does not fit this machine: {change}")
-        expected = {attachment.name for attachment in parts.stateful()}
-        for name in sorted(expected ^ saved.devices.keys()):
-            lacks = "lacks" if name in expected else "has a state that nobody owns:"
-            raise UserError(f"snapshot {path} {lacks} device '{name}'")
-        self.suspend()
-        # The platform's own devices come last: what the others say on their interrupt lines
-        # while they are restored is already part of the interrupt controller's saved state.
-        for attachment in parts.stateful():
-            attachment.device.restore(saved.devices[attachment.name])
-            parts.drain()
-        parts.pci.remap()
-        try:
-            parts.cpu.set_state(saved.cpu)
-        except ValueError as error:
-            raise UserError(f"snapshot {path}: cpu.json: {error}") from error
-        parts.cpu.executed = saved.executed
-        self.console.feed(saved.console.pending_input)
 
     # The end.
 
@@ -423,46 +353,3 @@ class Machine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _wake_quietly(attachment: Attachment) -> None:
-    # The error that made us wake it again is the one to report.
-    with contextlib.suppress(DeviceError):
-        attachment.device.wake()
-
-
-def _model_and_factory(
-    model: str | type[Device] | Callable[[DeviceHost], Device], options: Mapping[str, Any]
-) -> tuple[str, DeviceFactory | None]:
-    """A name for the configuration, and how to make the device if the name is not enough."""
-    if isinstance(model, str):
-        registry.parse_options(registry.load(model), options)
-        return model, None
-    if isinstance(model, type):
-        values = registry.parse_options(model, options)
-        kind = model
-        return f"{model.__module__}:{model.__qualname__}", lambda host: kind(host, values)
-    if options:
-        raise UserError("options are for a model; a function knows its own")
-    name = getattr(model, "__qualname__", type(model).__qualname__)
-    return f"{getattr(model, '__module__', '')}:{name}", model
-
-
-def _image(image: str | Path | bytes, options: BootOptions | None) -> tuple[bytes, BootOptions]:
-    if isinstance(image, bytes):
-        return image, options or BootOptions()
-    if isinstance(image, str) and image in guests.GUESTS:
-        guest = guests.GUESTS[image]
-        given = options or BootOptions()
-        chosen = replace(
-            given,
-            name=image,
-            load_addr=guest.load_addr if given.load_addr is None else given.load_addr,
-            mode=Mode(guest.mode) if given.mode is None and guest.mode else given.mode,
-        )
-        return guests.image(image), chosen
-    try:
-        data = Path(image).read_bytes()
-    except OSError as error:
-        raise UserError(f"image {image}: {error.strerror}") from error
-    return data, options or BootOptions(name=str(image))

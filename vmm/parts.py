@@ -7,11 +7,11 @@ process inherits them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
-from devices.errors import DeviceFailure, UserError
+from devices.errors import DeviceError, DeviceFailure, UserError
 from devices.irqchip.pic import PicPair
 from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
@@ -22,7 +22,7 @@ from proxy.warden import Warden
 from vmm.attachment import Attachment, DeviceFactory, LocalHost, build_local
 from vmm.config import CONSOLE, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
-from vmm.cpu.engine import Cpu
+from vmm.cpu.engine import Cpu, Stop
 from vmm.events import EventLoop
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
@@ -65,7 +65,7 @@ class Parts:
         self.symbols: list[tuple[int, int, str]] = []
         self.attachments: list[Attachment] = []
         self.proxies: list[ProxyDevice] = []
-        self._console = console
+        self.console = console
         self._stack = ExitStack()
         try:
             self._build(factories, between)
@@ -89,16 +89,14 @@ class Parts:
         for device in self.config.devices:
             child = children.get(device.name)
             if child is None:
-                driven: Device | ProxyDevice = build_local(
-                    device, self.wiring, factories.get(device.name), {}
-                )
-                self._stack.callback(driven.close)
+                local = build_local(device, self.wiring, factories.get(device.name), {})
+                self._stack.callback(local.close)
+                self._attach(device, local)
             else:
-                driven = self._activate(child)
-            self._attach(device, driven)
+                self._attach(device, self._activate(child))
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
-            (a.device for a in self.attachments if a.name == CONSOLE and a.takes_input()), None
+            (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
         )
 
     # Building.
@@ -132,7 +130,7 @@ class Parts:
             attention=self.request_attention,
             guest_exit=self._guest_exit,
             device_failed=self._device_failed,
-            consoles={CONSOLE: self._console},
+            consoles={CONSOLE: self.console},
         )
         self.pic = PicPair(LocalHost(PIC_NAME, self.wiring, {}))
         self.pci = PciRoot(
@@ -149,7 +147,7 @@ class Parts:
         ]
         for attachment in self.platform:
             attachment.place(self.buses)
-        self.placement = Placement()
+        self.placement = Placement(lanes=self.host.fast_lane)
         self.vcpu = VcpuLoop(
             self.cpu, self.events, self.pic, between=between, crash_report=self._crash_report
         )
@@ -166,16 +164,11 @@ class Parts:
 
     def _attach(self, device: DeviceConfig, driven: Device | ProxyDevice) -> None:
         attachment = Attachment(device, driven)
-        bars = attachment.pci_bars()
-        if bars is not None:
-            attachment.slot = self._free_slot(device)
-            self.pci.add(
-                Slot(attachment.slot),
-                driven,
-                device.name,
-                driven.handlers(),
-                bars,
-            )
+        function = attachment.pci_function()
+        if function is not None:
+            slot = self._free_slot(device)
+            attachment.slot = slot
+            self.pci.add(Slot(slot), function, device.name, driven.handlers(), function.bars())
         elif device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
         attachment.place(self.buses)
@@ -232,10 +225,10 @@ class Parts:
             if proxy.name == owner:
                 proxy.fail(text)
 
-    def _crash_report(self, detail: str) -> str:
+    def _crash_report(self, stop: Stop) -> str:
         from vmm.cpu.report import crash_report  # loads the disassembler
 
-        return crash_report(self.cpu, detail, self.symbols)
+        return crash_report(self.cpu, stop, self.symbols)
 
     # Quiet.
 
@@ -249,6 +242,49 @@ class Parts:
         order = [entry.owner for bus in self.buses.values() for entry in bus]
         names = dict.fromkeys([*order, *by_name])
         return [by_name[name] for name in names if name in by_name]
+
+    def suspend(self) -> None:
+        """Put every device to sleep, port bus first, each once; then hear what they said last.
+
+        So no interrupt is in flight afterwards. Harmless when repeated.
+
+        Raises:
+            DeviceError: a device refused or failed; those that slept are awake again.
+        """
+        if self.vcpu.suspended:
+            return
+        slept: list[Attachment] = []
+        try:
+            for attachment in self.sleep_order():
+                attachment.device.sleep()
+                slept.append(attachment)
+        except DeviceError:
+            for attachment in reversed(slept):
+                # The error that made us wake it again is the one to report.
+                with suppress(DeviceError):
+                    attachment.device.wake()
+            raise
+        self.drain()
+        self.vcpu.suspended = True
+
+    def resume(self) -> None:
+        """Wake every device. Harmless when repeated.
+
+        Raises:
+            DeviceError: a device failed to wake; the others are awake.
+        """
+        if not self.vcpu.suspended:
+            return
+        self.vcpu.suspended = False
+        failures = []
+        for attachment in reversed(self.sleep_order()):
+            try:
+                attachment.device.wake()
+            except DeviceError as error:
+                failures.append(error)
+        self.request_attention()
+        if failures:
+            raise failures[0]
 
     def drain(self) -> None:
         """Handle everything that device processes have said so far."""

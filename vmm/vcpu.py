@@ -49,7 +49,7 @@ class VcpuLoop:
         pic: PicPair,
         *,
         between: Callable[[], None],
-        crash_report: Callable[[str], str],
+        crash_report: Callable[[Stop], str],
     ) -> None:
         self.stats = VcpuStats()
         self.suspended = False
@@ -148,7 +148,7 @@ class VcpuLoop:
         return WINDOW_FIRST if self._pic.pending() else UNLIMITED
 
     def _crashed(self, stop: Stop) -> None:
-        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report(stop.detail)))
+        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report(stop)))
 
     def _idle(self) -> None:
         begin = perf_counter()

@@ -41,10 +41,10 @@ def timed(machine: Machine, code: bytes, count: int) -> float:
     return (perf_counter() - began) / count * 1e6
 
 
-def _machine(isolated: bool, fast_lane: bool, cpu: int) -> Machine:
+def _machine(isolated: bool, fast_lane: bool) -> Machine:
     echo = DeviceConfig("echo", "echo", {"bus": "mmio"}, isolated=isolated)
     pci = DeviceConfig("config-space", "config-space", isolated=isolated)
-    host = HostOptions(fast_lane=fast_lane, cpu=cpu)
+    host = HostOptions(fast_lane=fast_lane)
     machine = Machine(memory="16M", devices=(echo, pci), host=host)
     machine.build()
     return machine
@@ -96,11 +96,11 @@ class AccessBench:
         self._ping_pong = PingPong(cpu)
         self._closers.append(self._ping_pong.close)
         self._cpu = cpu
-        self._local = self._keep(_machine(isolated=False, fast_lane=False, cpu=cpu))
-        self._socket = self._keep(_machine(isolated=True, fast_lane=False, cpu=cpu))
+        self._local = self._keep(_machine(isolated=False, fast_lane=False))
+        self._socket = self._keep(_machine(isolated=True, fast_lane=False))
         self._lane = None
         if len(self._affinity) > 1:
-            self._lane = self._keep(_machine(isolated=True, fast_lane=True, cpu=cpu))
+            self._lane = self._keep(_machine(isolated=True, fast_lane=True))
 
     def _keep(self, machine: Machine) -> Machine:
         self._closers.append(machine.close)
@@ -109,7 +109,7 @@ class AccessBench:
     def round(self) -> dict[str, float]:
         """One round of everything, in microseconds."""
         count = self._count
-        # The machine pins its thread by itself while it runs; here the engine is run directly.
+        # Only the lane may use a second CPU: the child follows this thread.
         os.sched_setaffinity(0, {self._cpu})
         try:
             ping_pong = self._ping_pong.measure(count)

@@ -151,12 +151,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="socket: never use shared memory for register accesses (default: auto)",
     )
-    host.add_argument(
-        "--cpu",
-        metavar="N",
-        type=_integer,
-        help="host CPU for the vCPU and its device processes (default: chosen at start)",
-    )
 
 
 def add_guests(commands: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -71,7 +72,6 @@ def _host_options(args: argparse.Namespace) -> HostOptions:
         deadline=args.deadline,
         on_failure=FailurePolicy(args.on_failure),
         fast_lane=args.lane == "auto",
-        cpu=args.cpu,
     )
 
 
@@ -154,7 +154,7 @@ class Session:
         if self.plan.when == "text":
             machine.console.watch(self.plan.text, self._want_snapshot)
         elif isinstance(self.plan.when, float):
-            parts.events.call_later(self.plan.when, self._want_snapshot)
+            parts.events.call_at(monotonic() + self.plan.when, self._want_snapshot)
         if self.args.stats:
             for bus in parts.buses.values():
                 bus.timed = True
@@ -196,15 +196,27 @@ class Session:
             except OSError as error:
                 raise UserError(f"--serial {where}: {error.strerror}") from error
             self._closers.append(file.close)
-            machine.console.sink = file.write
+            machine.console.sink = lambda data: self._write(file.fileno(), data)
             return None
         if where != "stdio":
             raise UserError(f"--serial {where}: give stdio, file:PATH or none")
         if not self.args.json:
-            machine.console.sink = _write_stdout
+            machine.console.sink = lambda data: self._write(1, data)
         return Terminal(
             machine.parts.events, machine.send, lambda: len(machine.console.pending), self, self.say
         )
+
+    def _write(self, fd: int, data: bytes) -> None:
+        """Pass output on; called in the middle of an access, so it must not raise."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(fd, view) :]
+        except OSError as error:
+            self.machine.console.sink = None
+            gone = error.errno == errno.EPIPE
+            self._failed = None if gone else UserError(f"the guest's output: {error.strerror}")
+            self.machine.stop(Outcome(Ending.QUIT, "nobody reads the output any more"))
 
     def _between(self, terminal: Terminal | None) -> None:
         if terminal is not None:
@@ -293,9 +305,3 @@ class Session:
             "log": [list(line) for line in self.machine.parts.wiring.log_lines],
         }
         return values if statistics is None else values | {"stats": statistics}
-
-
-def _write_stdout(data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(1, view) :]

@@ -1,0 +1,187 @@
+"""The machine's end of the shared-memory lane: when it is open, and waiting on it.
+
+See `proxy.lane` for the rules of the page. This is policy and the slow path; the stores and loads
+of each access are in `proxy.accesses`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable
+from time import monotonic, perf_counter_ns
+
+from proxy import lane
+from proxy import messages as m
+from proxy.errors import Misuse
+from proxy.link import Link
+from proxy.placement import Placement
+
+BURST = 16
+"""Accesses on the tube between two looks at the clock and the CPU; a power of two."""
+QUICK_NS = 50_000 * BURST
+"""`BURST` accesses within this time are worth a lane."""
+STRIKES = 4
+"""Slow waits after which a lane is closed: its child has no CPU to itself."""
+YIELDS = 32
+"""Looks of a slow wait that only yield the CPU; after these it sleeps between looks."""
+BACKOFF_NS = 20_000_000
+BACKOFF_MOST_NS = 1_000_000_000
+"""How long a lane stays closed that had to be given up: it doubles from one to the other."""
+
+
+class MachineLane:
+    """The lane to one child.
+
+    Args:
+        link: the tube beside it.
+        fd: memfd of the page, or -1 for none; stays with the caller.
+        placement: who gives out CPUs; None leaves the child on any CPU and the lane closed.
+
+    Attributes:
+        page, words: the shared page, as bytes and as words of 8 bytes; None where there can be
+            no lane.
+        dozing: the value of `STATE` that says that the child sleeps.
+        openings: how often it was opened.
+        on_change: told when it opens or closes; set by the accesses.
+    """
+
+    def __init__(self, link: Link, fd: int, placement: Placement | None) -> None:
+        self._link = link
+        self._placement = placement
+        self.page: mmap.mmap | None = None
+        self.words: memoryview | None = None
+        if fd >= 0 and placement is not None and placement.places and lane.supported():
+            lane.check_sealed(fd, lane.LANE_BYTES)
+            self.page = lane.map_page(fd)
+            self.words = memoryview(self.page).cast("Q")
+        self.is_open = False
+        self.dozing = 1
+        self.openings = 0
+        self.on_change: Callable[[], None] = lambda: None
+        self._generation = 0
+        self._door = 0
+        self._strikes = 0
+        self._backoff_ns = BACKOFF_NS
+        self._not_before = 0
+        self._cpu = -1
+        self._last_tick = 0
+
+    def idle(self) -> bool:
+        """Whether the child is asleep on its open lane."""
+        return self.words is not None and self.words[lane.STATE] == self.dozing
+
+    def open(self) -> bool:
+        """Take accesses through the page from here on; whether it could be."""
+        words, placement, link = self.words, self._placement, self._link
+        if words is None or placement is None or self.is_open or link.failed is not None:
+            return False
+        if words[lane.CLOSED] != self._generation:
+            return False  # the child has not met the last `LaneClose` yet
+        if not placement.grant(self, link.child.pid):
+            return False
+        self._strikes = 0
+        if not self._post(m.LaneOpen(self._generation + 1)):
+            placement.release(self)
+            return False
+        self._generation += 1
+        self.dozing = self._generation << 1 | 1
+        self.openings += 1
+        self.is_open = True
+        self.on_change()
+        return True
+
+    def close(self) -> None:
+        """Take accesses through the tube from here on; what is in the ring comes first."""
+        if not self.is_open or self._link.session.awaiting is not None:
+            return
+        self.abandon()
+        self._backoff_ns = BACKOFF_NS
+        if self._post(m.LaneClose()) and self._placement is not None:
+            self._ring_door()
+            self._cpu = self._placement.follow(self._link.child.pid, -1)
+
+    def abandon(self) -> None:
+        """The lane is of no use any more: the child failed or goes away."""
+        if self.is_open:
+            self.is_open = False
+            self.on_change()
+            if self._placement is not None:
+                self._placement.release(self)
+
+    def asked(self) -> None:
+        """A command went into the tube: a polling child must look there."""
+        if self.is_open:
+            self._ring_door()
+
+    def unmap(self) -> None:
+        """Give up the page."""
+        self.abandon()
+        if self.words is not None and self.page is not None:
+            self.words.release()
+            self.page.close()
+        self.words = self.page = None
+
+    def tick(self) -> None:
+        """Once in `BURST` accesses on the tube: follow the CPU, open the lane in a burst."""
+        placement = self._placement
+        if placement is None or self._link.failed is not None:
+            return
+        now = perf_counter_ns()
+        quick = now - self._last_tick < QUICK_NS
+        self._last_tick = now
+        self._cpu = placement.follow(self._link.child.pid, self._cpu)
+        if quick and now >= self._not_before:
+            self.open()
+
+    def wait_tail(self, least: int, head: int, doing: str) -> int | None:
+        """Wait until `TAIL` is at least `least`; its value, or None on failure.
+
+        The child may be stuck with upcalls, asleep, on no CPU, hung or dead; the lane may be
+        closed when this returns.
+        """
+        link, words = self._link, self.words
+        end = monotonic() + link.deadline
+        rounds = 0
+        while words is not None and link.failed is None:
+            tail = words[lane.TAIL]
+            if tail > head or tail < head - lane.RING_SLOTS:
+                link.fail("broke the protocol: the shared page counts requests wrongly", doing)
+                return None
+            if tail >= least:
+                return tail
+            if words[lane.STATE] == self.dozing:
+                self.close()
+            link.drain(64)
+            if monotonic() > end:
+                link.fail(f"did not answer within {link.deadline:g} s", doing)
+                return None
+            if rounds % YIELDS == 0:
+                self._strike()
+            rounds += 1
+            if rounds < YIELDS:
+                os.sched_yield()
+            else:
+                time.sleep(50e-6)
+        return None
+
+    def _strike(self) -> None:
+        self._strikes += 1
+        if self._strikes >= STRIKES and self.is_open:
+            backoff = self._backoff_ns
+            self.close()
+            self._not_before = perf_counter_ns() + backoff
+            self._backoff_ns = min(2 * backoff, BACKOFF_MOST_NS)
+
+    def _post(self, command: m.Message) -> bool:
+        try:
+            self._link.session.command(type(command))
+        except Misuse:
+            return False
+        return self._link.finish_post(command.encode())
+
+    def _ring_door(self) -> None:
+        if self.words is not None:
+            self._door += 1
+            self.words[lane.DOOR] = self._door

@@ -1,0 +1,65 @@
+"""Snapshot and restore of a whole machine: the order in which its parts are saved and taken up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from devices.errors import UserError
+from vmm import snapshot as snapshots
+from vmm.config import difference
+from vmm.cpu.library import VERSION
+from vmm.parts import Parts
+
+
+def save(parts: Parts, path: Path) -> None:
+    """Save everything as the directory `path`; the machine goes on as it was.
+
+    Raises:
+        DeviceError: a device cannot be saved; nothing was written.
+        UserError: the directory cannot be written.
+    """
+    was_suspended = parts.vcpu.suspended
+    parts.suspend()
+    try:
+        saved = snapshots.Snapshot(
+            config=parts.config,
+            engine=f"unicorn {VERSION}",
+            cpu=parts.cpu.get_state(),
+            devices={each.name: each.device.snapshot() for each in parts.stateful()},
+            executed=parts.cpu.executed,
+            console=snapshots.ConsoleState(parts.console.pending),
+        )
+        snapshots.save(path, saved, parts.memory)
+    finally:
+        if not was_suspended:
+            parts.resume()
+
+
+def load(parts: Parts, path: Path) -> None:
+    """Take up a snapshot; the machine is suspended afterwards.
+
+    Raises:
+        UserError: it is damaged, or does not fit this machine.
+        DeviceError: a device refuses its state.
+    """
+    saved = snapshots.load(path, parts.memory)
+    change = difference(saved.config, parts.config)
+    if change is not None:
+        raise UserError(f"snapshot {path} does not fit this machine: {change}")
+    expected = {each.name for each in parts.stateful()}
+    for name in sorted(expected ^ saved.devices.keys()):
+        lacks = "lacks" if name in expected else "has a state that nobody owns:"
+        raise UserError(f"snapshot {path} {lacks} device '{name}'")
+    parts.suspend()
+    # The platform's own devices come last: what the others say on their interrupt lines while
+    # they are restored is already part of the interrupt controllers' saved state.
+    for each in parts.stateful():
+        each.device.restore(saved.devices[each.name])
+        parts.drain()
+    parts.pci.remap()
+    try:
+        parts.cpu.set_state(saved.cpu)
+    except (ValueError, UserError) as error:
+        raise UserError(f"snapshot {path}: cpu.json: {error}") from error
+    parts.cpu.executed = saved.executed
+    parts.console.feed(saved.console.pending_input)
