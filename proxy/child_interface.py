@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -51,6 +52,8 @@ class ChildInterface:
         tube: socket.socket,
         pidfd: int,
         doorbell: int,
+        *,
+        doorbell_peer: int = -1,
         lane: int = -1,
         jail_report: Any = None,
     ) -> None:
@@ -59,6 +62,7 @@ class ChildInterface:
         self.tube = tube
         self.pidfd = pidfd
         self.doorbell = doorbell
+        self.doorbell_peer = doorbell_peer
         self.lane = lane
         self.jail_report = jail_report
         self.obituary_of: Callable[[int, float], Obituary | None] | None = None
@@ -78,7 +82,7 @@ class ChildInterface:
     def send_over(self, tube: Tube) -> None:
         """Send this to the process at the other end of `tube`; it is no longer ours then."""
         self.take()
-        fds = [self.tube.fileno(), self.pidfd, self.doorbell]
+        fds = [self.tube.fileno(), self.pidfd, self.doorbell, self.doorbell_peer]
         fds += [self.lane] if self.lane >= 0 else []
         label = _Label(self.name, self.pid, self.lane >= 0, self.jail_report)
         tube.send(msgspec.json.encode(label), fds)
@@ -94,7 +98,7 @@ class ChildInterface:
         data, fds = tube.receive()
         try:
             label = msgspec.json.decode(data, type=_Label)
-            if len(fds) != 3 + label.has_lane:
+            if len(fds) != 4 + label.has_lane:
                 raise ProtocolFault(f"a child interface with {len(fds)} descriptors")
         except (msgspec.MsgspecError, ProtocolFault) as error:
             close_all(fds)
@@ -103,10 +107,18 @@ class ChildInterface:
 
     @classmethod
     def from_fds(cls, name: str, pid: int, fds: list[int], jail_report: Any) -> ChildInterface:
-        """Make one of descriptors in order: tube, pidfd, doorbell and perhaps the lane's page."""
+        """Make one of descriptors: tube, pidfd, doorbell, its peer and perhaps the lane's page."""
         tube = socket.socket(fileno=fds[0])
-        lane = fds[3] if len(fds) > 3 else -1
-        return cls(name, pid, tube, fds[1], fds[2], lane, jail_report)
+        return cls(
+            name,
+            pid,
+            tube,
+            fds[1],
+            fds[2],
+            doorbell_peer=fds[3],
+            lane=fds[4] if len(fds) > 4 else -1,
+            jail_report=jail_report,
+        )
 
     def wait_end(self, timeout: float) -> bool:
         """Whether the process has ended, or does within `timeout` seconds."""
@@ -120,10 +132,8 @@ class ChildInterface:
         """End the process at once; harmless if it has ended."""
         if self._closed:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except (ProcessLookupError, OSError):
-            pass
 
     def obituary(self, timeout: float) -> Obituary | None:
         """How the process ended, if the warden says so within `timeout` seconds."""
@@ -135,7 +145,7 @@ class ChildInterface:
             return
         self._closed = True
         self.tube.close()
-        for fd in (self.pidfd, self.doorbell, self.lane):
+        for fd in (self.pidfd, self.doorbell, self.doorbell_peer, self.lane):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.doorbell = self.lane = -1
+        self.pidfd = self.doorbell = self.doorbell_peer = self.lane = -1

@@ -18,9 +18,9 @@ from proxy.child_interface import ChildInterface
 from proxy.events import ProxyEvents
 from proxy.link import Link
 from proxy.machine_lane import MachineLane
-from proxy.messages import ClaimedRange, Shape
 from proxy.placement import Placement
 from proxy.session import State
+from proxy.shape import ClaimedRange, Shape
 
 DEADLINE = 5.0
 """Seconds that the machine waits for any answer of a child."""
@@ -93,8 +93,7 @@ class ProxyDevice:
                 link.check()
             self.lane = MachineLane(link, child.lane if answer.lane else -1, placement)
             self._accesses = Accesses(link, answer.shape, self.lane)
-            link.on_sent = self._asked
-            link.on_stopped = self._stopped
+            _tie(link, self.lane, self._accesses)
             if map_config and self.shape.is_pci:
                 self._map_config()
         except BaseException:
@@ -289,14 +288,6 @@ class ProxyDevice:
 
     # Inside.
 
-    def _asked(self) -> None:
-        self._accesses.settle()
-        self.lane.asked()
-
-    def _stopped(self) -> None:
-        self.lane.abandon()
-        self._accesses.gate(True)  # a closed tube refuses for itself
-
     def _access(self, command: m.Message) -> m.Message | None:
         """Ask for the guest; None if the device has failed."""
         try:
@@ -338,6 +329,24 @@ class ProxyDevice:
         if declared.bus is not bus or declared.length != place.length:
             return f"{bus} {place} for region '{declared.name}', which is not its size or bus"
         return ""
+
+
+def _tie(link: Link, shared: MachineLane, accesses: Accesses) -> None:
+    """Let the lane and the accesses follow the link.
+
+    The proxy itself stays out of every cycle of references: dropping it must end its child before
+    the collector closes the tube.
+    """
+
+    def sent() -> None:
+        accesses.settle()
+        shared.asked()
+
+    def stopped() -> None:
+        shared.abandon()
+        accesses.gate(True)  # a closed tube refuses for itself
+
+    link.on_sent, link.on_stopped = sent, stopped
 
 
 def _wrong_shape(shape: Shape, expected: Shape | None) -> str:

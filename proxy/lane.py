@@ -35,20 +35,22 @@ import struct
 import threading
 from collections.abc import Callable
 
-LANE_BYTES = 4096
+LANE_BYTES = 8192
 
-# Words of 8 bytes. The first cache line is the machine's to write, the second the child's.
+# Words of 8 bytes, by cache line: the first is the machine's to write, the others the child's.
+# What changes with each request is apart from what rarely does and is looked at each time.
 HEAD = 0
 DOOR = 1
 TAIL = 8
 VALUE = 9
-STATE = 10
-UPCALLS = 11
-CLOSED = 12
+UPCALLS = 10
+STATE = 16
+CLOSED = 17
 
-RING_START = 2048
+RING_START = 4096
 RING_SLOTS = 64
-SLOT_BYTES = 32
+SLOT_BYTES = 64
+"""A cache line each, so that the two sides do not fight for neighbours."""
 SLOT = struct.Struct("<QQQQ")
 """Header as in the messages `Read` and `Write` (opcode, length, region, requester), then offset,
 address and data."""

@@ -70,10 +70,11 @@ class Order:
 def start_child(
     order: Order,
     plan: JailPlan,
+    setup: socket.socket,
+    *,
     end: socket.socket,
     doorbell: int,
     page_fd: int,
-    setup: socket.socket,
 ) -> NoReturn:
     """Be the device process from the fork to its end.
 

@@ -7,6 +7,7 @@ tube closed, and the failure told. Nothing that a child does raises anything but
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -119,12 +120,11 @@ class Link:
 
     def drain(self, most: int) -> bool:
         """Handle up to `most` waiting upcalls; whether more may wait. Never raises."""
+        if self.child.doorbell >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.child.doorbell, 4096)
         if self._failing:
             return False
-        try:
-            os.read(self.child.doorbell, 4096)
-        except BlockingIOError:
-            pass
         try:
             for _ in range(most):
                 self._take(socket.MSG_DONTWAIT)

@@ -11,17 +11,17 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
-
-from devices.bus import BusType, Range
-from devices.contract import Region
-from devices.pci.contract import BarInfo, ConfigWriteResult
-from proxy.codec import MAX_BYTES as MAX_BYTES
-from proxy.codec import MAX_MESSAGE as MAX_MESSAGE
-from proxy.codec import MAX_TEXT as MAX_TEXT
-from proxy.codec import Message as Message
-from proxy.codec import PayloadMessage, TextMessage
-from proxy.codec import decode as decode
+from devices.pci.contract import ConfigWriteResult
+from proxy.codec import (
+    MAX_BYTES,
+    MAX_MESSAGE,
+    MAX_TEXT,
+    Message,
+    PayloadMessage,
+    TextMessage,
+    decode,
+)
+from proxy.shape import ClaimedRange, Shape
 
 _EMPTY = struct.Struct("<B")
 _DWORD = struct.Struct("<B3xI")
@@ -48,15 +48,6 @@ class Refused(TextMessage, frozen=True):
     """Not done; the device is as it was and the text says why."""
 
     opcode = 0x41
-
-
-class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a device looks like from outside; it never changes in the device's life."""
-
-    regions: tuple[Region, ...] = ()
-    is_pci: bool = False
-    bars: tuple[BarInfo, ...] = ()
-    takes_input: bool = False
 
 
 class Activated(Message, frozen=True):
@@ -108,14 +99,6 @@ class ReadVirtualConfigResult(Message, frozen=True):
     opcode = 0x47
     layout = _DWORD
     value: int
-
-
-class ClaimedRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a region of the device is decoded at the moment."""
-
-    region: int
-    bus: BusType
-    range: Range
 
 
 class Ranges(Message, frozen=True):
@@ -406,3 +389,5 @@ COMMANDS: Mapping[int, type[Message]] = _table(m for m in _ALL if m.opcode < 0x4
 REPLIES: Mapping[int, type[Message]] = _table(m for m in _ALL if 0x40 <= m.opcode < 0x80)
 UPCALLS: Mapping[int, type[Message]] = _table(m for m in _ALL if m.opcode >= 0x80)
 FROM_CHILD: Mapping[int, type[Message]] = {**REPLIES, **UPCALLS}
+
+__all__ = ["MAX_BYTES", "MAX_MESSAGE", "MAX_TEXT", "ClaimedRange", "Message", "Shape", "decode"]

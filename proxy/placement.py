@@ -50,13 +50,17 @@ class Placement:
             why = "one CPU" if len(self._cpus) == 1 else "no lanes wanted"
             return f"{why}: every access goes through the tube, children follow the vCPU's thread"
         return (
-            f"children follow the vCPU's thread (now on CPU {self._getcpu()}); of {len(self._cpus)} "
-            f"CPUs {self.places} may poll a shared-memory lane, {len(self._pollers)} of them in use"
+            f"children follow the vCPU's thread (now on CPU {self._getcpu()}); "
+            f"of {len(self._cpus)} CPUs {self.places} may poll a shared-memory lane, "
+            f"{len(self._pollers)} of them in use"
         )
 
     def follow(self, pid: int, last: int) -> int:
-        """Move a child to the calling thread's CPU unless it is there; the CPU, -1 if unknown."""
-        if not self.places:
+        """Move a child to the calling thread's CPU unless that is `last`.
+
+        Returns the CPU, -1 if it is not known.
+        """
+        if len(self._cpus) == 1:
             return last
         cpu = self._getcpu()
         if cpu != last and cpu >= 0:

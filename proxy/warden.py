@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -78,7 +79,15 @@ class Warden:
         machine = os.pidfd_open(self._owner)
         self.pid = os.fork()
         if self.pid == 0:
-            run_warden(theirs, events, machine, factories, self.plan, deadline, keep_fds)
+            run_warden(
+                theirs,
+                events,
+                machine,
+                factories=factories,
+                plan=self.plan,
+                deadline=deadline,
+                keep_fds=keep_fds,
+            )
         os.close(machine)
         theirs.close()
         events.close()
@@ -160,10 +169,8 @@ class Warden:
         self._closed = True
         for child in list(self._children):
             child.close()
-        try:
+        with contextlib.suppress(TubeClosed):
             self._control.send(msgspec.json.encode(CloseAll()))
-        except TubeClosed:
-            pass
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if not poll.poll(10_000):

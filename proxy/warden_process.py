@@ -6,6 +6,7 @@ It ends with the machine: when its control socket or the machine's process is go
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from devices import registry
+from devices.errors import UserError
 from proxy import lane, launch
 from proxy.errors import ProtocolFault, TubeClosed
 from proxy.events import Obituary
@@ -77,6 +80,7 @@ def run_warden(
     control: socket.socket,
     events: socket.socket,
     machine: int,
+    *,
     factories: Sequence[DeviceFactory],
     plan: JailPlan,
     deadline: float,
@@ -98,7 +102,7 @@ def run_warden(
         _leave_terminal()
         _close_others([control.fileno(), events.fileno(), machine, *keep_fds])
         prepare_warden(plan)
-        _Warden(control, events, machine, factories, plan, deadline).run()
+        _Warden(control, events, factories, plan, deadline).run(machine)
         status = 0
     finally:
         os._exit(status)
@@ -131,7 +135,6 @@ class _Warden:
         self,
         control: socket.socket,
         events: socket.socket,
-        machine: int,
         factories: Sequence[DeviceFactory],
         plan: JailPlan,
         deadline: float,
@@ -145,10 +148,12 @@ class _Warden:
         self._poll = select.poll()
         self._watched: dict[int, Callable[[], None]] = {}
         self._ending = False
+        self._imported: set[str] = set()
         self._watch(control.fileno(), self._take_order)
-        self._watch(machine, self._end)
 
-    def run(self) -> None:
+    def run(self, machine: int) -> None:
+        """Serve until the control socket or the machine (a pidfd) is at its end."""
+        self._watch(machine, self._end)
         while not self._ending:
             for fd, _ in self._poll.poll(self._timeout()):
                 call = self._watched.get(fd)
@@ -197,6 +202,8 @@ class _Warden:
 
     def _launch(self, order: SpawnOrder, fds: list[int]) -> None:
         factory = None if order.factory is None else self._factories[order.factory]
+        if factory is None:
+            self._import(order.model)
         given = dict(zip(order.fd_names, fds, strict=True))
         build = launch.Order(order.name, order.model, order.options, factory, given)
         here, there = pair()
@@ -206,23 +213,36 @@ class _Warden:
         try:
             pid = fork_into_jail(self._plan)
             if pid == 0:
-                start_child(build, self._plan, there, doorbell, page, setup_there)
+                start_child(
+                    build, self._plan, setup_there, end=there, doorbell=doorbell, page_fd=page
+                )
         except BaseException:
             here.close()
             setup_here.close()
-            close_all([heard] + ([page] if page >= 0 else []))
+            close_all([heard, doorbell] + ([page] if page >= 0 else []))
             raise
         finally:
             there.close()
             setup_there.close()
-            os.close(doorbell)
         pidfd = os.pidfd_open(pid)
-        give = [here.detach(), os.dup(pidfd), heard] + ([page] if page >= 0 else [])
+        give = [here.detach(), os.dup(pidfd), heard, doorbell, page]
+        give = [fd for fd in give if fd >= 0]
         start_by = monotonic() + self._deadline
         child = _Child(order.name, pid, pidfd, setup_here, give, start_by)
         self._children[pid] = child
         self._watch(setup_here.fileno(), lambda: self._hear(child))
         self._watch(pidfd, lambda: self._bury(child))
+
+    def _import(self, model: str) -> None:
+        """Import a model of our own here, once, so that its children share it and start fast.
+
+        A model from elsewhere is imported in its child: what its module does is not ours to trust.
+        """
+        if model in registry.MODELS and model not in self._imported:
+            self._imported.add(model)
+            with contextlib.suppress(UserError):
+                registry.load(model)
+            gc.freeze()
 
     def _answer(self, answer: Launched | NotLaunched, fds: Sequence[int] = ()) -> None:
         try:
@@ -279,10 +299,8 @@ class _Warden:
         self._kill(child)
 
     def _kill(self, child: _Child) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def _bury(self, child: _Child) -> None:
         """Reap an ended child and tell of it."""
@@ -309,12 +327,10 @@ class _Warden:
             self._tell(obituary)
 
     def _tell(self, obituary: Obituary) -> None:
-        try:
+        # If the machine is gone, or has not listened to hundreds of these: it learns of each death
+        # by the child's pidfd and tube all the same, only not of the cause.
+        with contextlib.suppress(OSError):
             self._events.send(msgspec.json.encode(obituary), socket.MSG_DONTWAIT)
-        except OSError:
-            # The machine is gone, or has not listened to hundreds of these: it learns of each
-            # death by the child's pidfd and tube all the same, only not of the cause.
-            pass
 
     def _bury_all(self) -> None:
         """The machine lets go: its ends of the tubes are closed, so devices clean up and end."""

@@ -151,7 +151,7 @@ def child_of(
     there.close()
     os.close(doorbell)
     pidfd = os.pidfd_open(pid)
-    child = ChildInterface("hostile", pid, here, pidfd, heard, page)
+    child = ChildInterface("hostile", pid, here, pidfd, heard, lane=page)
     try:
         yield child
     finally:

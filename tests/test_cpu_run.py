@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import NoReturn
 
 import pytest
 from cpu_bench import CODE, KERNEL_STACK, MMIO, PORT, Bench
@@ -241,10 +242,11 @@ def test_stop_now_repeats_and_skips_nothing(kind: str) -> None:
                 bench.cpu.stop_now()
             return 0x55
 
+        def on_write(offset: int, size: int, _value: int) -> None:
+            answer(offset, size)
+
         bench.ports.answer = bench.mmio.answer = answer
-        bench.mmio.on_write = bench.ports.on_write = lambda offset, size, _value: (
-            answer(offset, size) and None
-        )
+        bench.mmio.on_write = bench.ports.on_write = on_write
         state = counting(bench)
         state.gpr[1], state.gpr[2], state.gpr[6], state.gpr[7] = 4, PORT, MMIO, 0x31000
         state.gpr[5] = MMIO + 8
@@ -357,7 +359,7 @@ def run_to_the_end(bench: Bench) -> None:
 def test_a_failing_bus_is_raised_from_run(code: bytes) -> None:
     with Bench() as bench:
 
-        def broken(*_: int) -> int:
+        def broken(*_: int) -> NoReturn:
             raise RuntimeError("device bug")
 
         bench.mmio.answer = bench.ports.answer = broken

@@ -224,7 +224,7 @@ def put(name: str, value: Any) -> Callable[[CpuState], None]:
 DAMAGE: dict[str, Callable[[CpuState], Any]] = {
     "gpr": put("gpr", [0] * 15),
     "rax": lambda s: s.gpr.__setitem__(0, 1 << 64),
-    "r15": lambda s: s.gpr.__setitem__(15, "x"),
+    "r15": put("gpr", [0] * 15 + ["x"]),
     "rip": put("rip", -1),
     "rflags": put("rflags", 1 << 30),
     "cs": put("cs", None),
@@ -322,12 +322,11 @@ def test_random_states_neither_crash_nor_hang(seed: int) -> None:
             assert bench.cpu.get_state() == kept
 
 
-def test_selectors_of_the_modes() -> None:
-    """The bench itself: ring 3 states are in ring 3."""
+@pytest.mark.parametrize("compat", [False, True])
+def test_ring_3_is_ring_3(compat: bool) -> None:
+    """The bench itself: its user states may not execute HLT."""
     with Bench() as bench:
-        for make, selector in (
-            (lambda: bench.long(user=True), U_CODE64),
-            (lambda: bench.long(user=True, compat=True), U_CODE32),
-        ):
-            bench.start(make(), b"\x90")
-            assert bench.cpu.get_state().cs.selector == selector
+        state = bench.long(user=True, compat=compat)
+        bench.run(state, b"\xf4")
+        assert bench.vector() == 13
+        assert state.cs.selector == (U_CODE32 if compat else U_CODE64)

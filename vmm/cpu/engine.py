@@ -13,15 +13,15 @@ failure ends the run, and `run` raises it.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from devices.bus import ALL_ONES, Bus
+from devices.bus import Bus
 from vmm.cpu import cpuid
+from vmm.cpu.accelerator import accelerate, available
+from vmm.cpu.access import install_io
 from vmm.cpu.budget import NO_LIMIT, Budget
-from vmm.cpu.context import CR0_PG, CS, F_AC, F_IF, Context
+from vmm.cpu.context import F_IF, Context
 from vmm.cpu.delivery import (
     HAS_ERROR_CODE,
     INVALID_OPCODE,
@@ -31,7 +31,7 @@ from vmm.cpu.delivery import (
     TripleFault,
 )
 from vmm.cpu.fastcall import FastCalls
-from vmm.cpu.layout import H_CPL, H_CS64, H_LMA, H_SHADOW, H_SMAP
+from vmm.cpu.layout import H_SHADOW
 from vmm.cpu.library import (
     DATA_ERRORS,
     FETCH_ERRORS,
@@ -40,19 +40,19 @@ from vmm.cpu.library import (
     REG,
     CpuidCallback,
     Engine,
-    InCallback,
     InterruptCallback,
     InvalidCallback,
-    MmioReadCallback,
-    MmioWriteCallback,
-    OutCallback,
     SyscallCallback,
     error_name,
 )
-from vmm.cpu.paging import PHYSICAL_BITS, Fault, Linear, Physical
+from vmm.cpu.paging import Fault, Linear, Physical
 from vmm.cpu.registers import Registers
 from vmm.cpu.state import CpuState
+from vmm.cpu.stop import Stop, StopReason
+from vmm.cpu.translations import invalidate
 from vmm.memory import GuestMemory
+
+__all__ = ["EXCEPTION_COST", "STEP_COST", "Cpu", "Stop", "StopReason"]
 
 EXCEPTION_COST = 64
 """Budget spent for each delivered exception, so that endless exceptions end a run too."""
@@ -62,31 +62,6 @@ STEP_COST = 4
 
 _STEP_LIMIT = 64 * EXCEPTION_COST
 """Ends a step of an instruction that can never be fetched; more than any block has bytes."""
-
-_PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
-_PREFIXES64 = _PREFIXES + bytes(range(0x40, 0x50))
-
-_ALIAS = 1 << 63
-"""Upper half of addresses that no guest uses: see `Cpu.invalidate`."""
-
-
-class StopReason(enum.Enum):
-    """Why `Cpu.run` came back."""
-
-    BUDGET = "budget"
-    HALT = "halt"
-    SHUTDOWN = "shutdown"
-    REQUESTED = "requested"
-    ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """`detail` is one line for people, mostly empty."""
-
-    reason: StopReason
-    detail: str = ""
-
 
 _BUDGET = Stop(StopReason.BUDGET)
 _HALT = Stop(StopReason.HALT)
@@ -101,7 +76,7 @@ class Cpu:
         memory: its regions are mapped here; close it after the CPU.
         ports: answers IN and OUT.
         mmio: answers every physical address that is not RAM, up to 2**40.
-        native: False forces the slow portable block hook.
+        native: False forces the slow portable block hook and leaves the accelerator off.
 
     Raises:
         CalibrationError: this build of the library cannot be used.
@@ -126,8 +101,10 @@ class Cpu:
         self._delivery = Delivery(context, self._linear)
         self._fast = FastCalls(context, self._linear)
         self._registers = Registers(context, self._budget)
-        self._install_io(ports, mmio)
+        install_io(engine, self._regions, ports, mmio, self._fail)
         self._install_traps()
+        self._accelerated = native and available()
+        accelerate(engine, self._accelerated)
         self.set_state(CpuState())
 
     def close(self) -> None:
@@ -186,7 +163,7 @@ class Cpu:
         """
         for _ in range(count):
             before = self._words[0]
-            after_halt = self._after_halt()
+            after_halt = self._fast.after_halt()
             stop = self._run(_STEP_LIMIT, 1)
             self._words[0] = before + STEP_COST
             if stop is not _STEPPED:
@@ -196,26 +173,17 @@ class Cpu:
                 return _HALT
         return _BUDGET
 
-    def _after_halt(self) -> int | None:
-        """RIP behind the next instruction if that is HLT: a counted run hides why it ended."""
-        context = self._context
-        context.save()
-        rip = context.rip
-        base = 0 if context.hidden & H_CS64 else context.base(CS)
-        code = self.read_linear(base + rip, 15)
-        opcode = code.lstrip(_PREFIXES64 if context.hidden & H_CS64 else _PREFIXES)
-        return rip + len(code) - len(opcode) + 1 if opcode[:1] == b"\xf4" else None
-
     def _run(self, budget: int, count: int) -> Stop:
         if self._final is not None:
             return self._final
         if self.halted:
             return _HALT
         engine, words = self._engine, self._words
-        if count and not self._counting:
-            # The library drops code without its counter only when it stops counting.
+        if bool(count) is not self._counting:
+            # The library drops translated code only when it stops counting.
+            self._counting = bool(count)
+            accelerate(engine, self._accelerated and not count)
             engine.flush_translations()
-        self._counting = bool(count)
         self._budget.arm(min(budget, NO_LIMIT))
         if self._kicked:  # a kick that came before the limit was set
             self._kicked = False
@@ -322,25 +290,8 @@ class Cpu:
         """Forget code translated from this guest-physical range, because a device wrote there.
 
         May be called between runs and in bus callbacks. Parts that are not RAM are ignored.
-
-        The library takes virtual addresses only, and skips what the guest cannot execute. So for
-        the time of the call the CPU has paging off and 64-bit addresses, of which bit 63 does
-        not reach memory, and uses a set of TLB entries (that of SMAP) that guests never use.
         """
-        context, at = self._context, self._context.at
-        context.save()
-        words, longs = context.words, context.longs
-        cr0, hidden, flags = longs[at.cr], words[at.hflags_w], words[at.eflags_w]
-        longs[at.cr] = cr0 & ~CR0_PG
-        words[at.hflags_w] = hidden & ~H_CPL | H_LMA | H_SMAP
-        words[at.eflags_w] = flags & ~F_AC
-        context.restore()
-        for start, end in self._regions:
-            first, last = max(start, address), min(end, address + length)
-            if first < last:
-                self._engine.remove_translations(_ALIAS | first, (_ALIAS | first) + last - first)
-        longs[at.cr], words[at.hflags_w], words[at.eflags_w] = cr0, hidden, flags
-        context.restore()
+        invalidate(self._context, self._regions, address, length)
 
     # What the engine calls.
 
@@ -349,32 +300,6 @@ class Cpu:
         if self._failure is None:
             self._failure = failure
         self._words[1] = -1
-
-    def _install_io(self, ports: Bus, mmio: Bus) -> None:
-        engine, fail = self._engine, self._fail
-        port_read, port_write = ports.read, ports.write
-
-        def on_in(_engine: int, port: int, size: int, _data: int) -> int:
-            try:
-                return port_read(port, size)
-            except BaseException as failure:
-                fail(failure)
-                return ALL_ONES[size]
-
-        def on_out(_engine: int, port: int, size: int, value: int, _data: int) -> None:
-            try:
-                port_write(port, size, value)
-            except BaseException as failure:
-                fail(failure)
-
-        engine.hook_instruction(REG.UC_X86_INS_IN, InCallback(on_in))
-        engine.hook_instruction(REG.UC_X86_INS_OUT, OutCallback(on_out))
-        start = 0
-        for first, last in (*self._regions, (1 << PHYSICAL_BITS, 0)):
-            if start < first:
-                read, write = _window(start, mmio, fail)
-                engine.map_io(start, first - start, read, write)
-            start = last
 
     def _install_traps(self) -> None:
         engine = self._engine
@@ -472,23 +397,3 @@ class Cpu:
             self._final = Stop(
                 StopReason.ERROR, f"the CPU engine stopped at {context.rip:#x}: {error_name(code)}"
             )
-
-
-def _window(base: int, mmio: Bus, fail: Callable[[BaseException], None]) -> tuple[Any, Any]:
-    """The callbacks of the I/O window that begins at `base`."""
-    bus_read, bus_write = mmio.read, mmio.write
-
-    def read(_engine: int, offset: int, size: int, _data: int) -> int:
-        try:
-            return bus_read(base + offset, size)
-        except BaseException as failure:
-            fail(failure)
-            return ALL_ONES[size]
-
-    def write(_engine: int, offset: int, size: int, value: int, _data: int) -> None:
-        try:
-            bus_write(base + offset, size, value)
-        except BaseException as failure:
-            fail(failure)
-
-    return MmioReadCallback(read), MmioWriteCallback(write)

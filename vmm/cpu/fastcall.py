@@ -1,4 +1,6 @@
-"""SYSCALL and SYSENTER, which the engine leaves to its hooks; it does SYSRET and SYSEXIT itself.
+"""Instructions that the engine does not finish: SYSCALL, SYSENTER and, when stepping, HLT.
+
+The engine leaves the first two to its hooks; it does SYSRET and SYSEXIT itself.
 
 Source: Intel SDM volume 2B, "SYSCALL" and "SYSENTER". As on Intel CPUs, SYSCALL exists in
 64-bit mode only.
@@ -28,8 +30,12 @@ _CODE64, _CODE32, _DATA = 0xA0_9B00, 0xC0_9B00, 0xC0_9300
 _SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP = 0x174, 0x175, 0x176
 
 
+_PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_PREFIXES64 = _PREFIXES + bytes(range(0x40, 0x50))
+
+
 class FastCalls:
-    """Both instructions on a saved context, RIP at the instruction."""
+    """Works on a saved context, RIP at the instruction."""
 
     def __init__(self, context: Context, linear: Linear) -> None:
         self._context = context
@@ -55,6 +61,24 @@ class FastCalls:
             if at >= 0:
                 return at + 2
         return 2
+
+    def after_halt(self) -> int | None:
+        """RIP behind the next instruction if that is HLT; saves the context.
+
+        A counted run does not tell whether it ended by its count or by HLT.
+        """
+        context = self._context
+        context.save()
+        wide = context.hidden & H_CS64
+        linear = context.rip if wide else context.base(CS) + context.rip & NONE
+        for length in (15, 0x1000 - (linear & 0xFFF)):  # the next page may not be there
+            try:
+                code = self._linear.read(linear, min(length, 15))
+            except Fault:
+                continue
+            opcode = code.lstrip(_PREFIXES64 if wide else _PREFIXES)
+            return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == b"\xf4" else None
+        return None
 
     def syscall(self, length: int) -> int | None:
         """Enter the kernel at LSTAR; the new RFLAGS, to be written after the context.

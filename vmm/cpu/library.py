@@ -115,6 +115,10 @@ STOP_FUNCTION = ctypes.cast(_lib.uc_emu_stop, _ptr).value or 0
 """Address of uc_emu_stop, for native code."""
 
 
+_CONTEXT_HEADER = 40
+"""struct uc_context up to its data; used to look for a private field, which is then proved."""
+
+
 class EngineError(Exception):
     """The library refused a call of ours: the machine's own bug, or a library we don't know."""
 
@@ -142,18 +146,20 @@ class Engine:
         restore: load the CPU from the buffer; flushes nothing (0.3 us).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end_addresses: bool = False) -> None:
         handle = _ptr()
         check(_open(UC_ARCH_X86, UC_MODE_64, ctypes.byref(handle)), "open the CPU engine")
         self.handle = handle.value
         context = _ptr()
         self._kept: list[Any] = []
         check(_ctl1(self.handle, _CTL_SET_MODEL, CPU_MODEL), "choose the CPU model")
-        # An empty table of end addresses: no address ends a run, and none is looked up after it.
-        check(_ctl1(self.handle, _CTL_USE_EXITS, 1), "do without an end address")
+        if not end_addresses:
+            # An empty table of end addresses: none ends a run, and none is looked up after it.
+            check(_ctl1(self.handle, _CTL_USE_EXITS, 1), "do without an end address")
         check(_context_alloc(self.handle, ctypes.byref(context)), "allocate a context")
         self._context = context.value
         size = _context_size(self.handle)
+        self.context_bytes = size - _CONTEXT_HEADER
         raw = (ctypes.c_ubyte * size).from_address(self._context or 0)
         self.bytes = memoryview(raw).cast("B")
         self.words = self.bytes[: size & ~3].cast("I")
@@ -257,9 +263,12 @@ class Engine:
     def hook_instruction(self, instruction: int, callback: Any) -> None:
         self.hook(HOOK_INSTRUCTION, callback, _int(instruction))
 
-    def start(self, rip: int, count: int = 0) -> int:
-        """Run from RIP until something stops it; gives the library's error code."""
-        return _start(self.handle, rip, 0, 0, count)
+    def start(self, rip: int, count: int = 0, until: int = 0) -> int:
+        """Run from RIP until something stops it; gives the library's error code.
+
+        `until` counts only in an engine that was made with `end_addresses`.
+        """
+        return _start(self.handle, rip, until, 0, count)
 
     def stop(self) -> None:
         """Ask for a stop; exact only in an OUT or interrupt callback."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 from vmm.cpu.context import CR0_PE, CR0_PG, D_BIG, D_LONG, EFER_LMA, F_VM
 from vmm.cpu.engine import Cpu, Stop
@@ -115,8 +116,8 @@ def _disassembly(code: bytes, where: int, bits: int, symbols: Symbols) -> list[s
         return [f"code: {code[:16].hex(' ')}"]
     modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
     lines = []
-    decoded = capstone.Cs(capstone.CS_ARCH_X86, modes[bits]).disasm_lite(code, where)
-    for address, size, mnemonic, operands in decoded:
+    decoder: Any = capstone.Cs(capstone.CS_ARCH_X86, modes[bits])  # type: ignore[no-untyped-call]
+    for address, size, mnemonic, operands in decoder.disasm_lite(code, where):
         name = symbol_at(address, symbols)
         raw = code[address - where : address - where + size].hex(" ")
         line = f"  {address:x}{f' <{name}>' if name else ''}: {raw:<30} {mnemonic} {operands}"

@@ -1,0 +1,75 @@
+"""The guest's port and MMIO accesses, from the engine's callbacks to the buses.
+
+This is the hottest Python of the machine: each callback is a closure over exactly what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from devices.bus import ALL_ONES, Bus
+from vmm.cpu.library import (
+    REG,
+    Engine,
+    InCallback,
+    MmioReadCallback,
+    MmioWriteCallback,
+    OutCallback,
+)
+from vmm.cpu.paging import PHYSICAL_BITS
+
+Fail = Callable[[BaseException], None]
+
+
+def install_io(
+    engine: Engine, ram: Iterable[tuple[int, int]], ports: Bus, mmio: Bus, fail: Fail
+) -> None:
+    """Send IN and OUT to `ports`, and all that is not RAM, up to 2**40, to `mmio`.
+
+    Args:
+        ram: (start, end) of the RAM regions, ascending.
+        fail: takes what a bus raises; the access then reads all-ones.
+    """
+    read_port, write_port = ports.read, ports.write
+
+    def on_in(_engine: int, port: int, size: int, _data: int) -> int:
+        try:
+            return read_port(port, size)
+        except BaseException as failure:
+            fail(failure)
+            return ALL_ONES[size]
+
+    def on_out(_engine: int, port: int, size: int, value: int, _data: int) -> None:
+        try:
+            write_port(port, size, value)
+        except BaseException as failure:
+            fail(failure)
+
+    engine.hook_instruction(REG.UC_X86_INS_IN, InCallback(on_in))
+    engine.hook_instruction(REG.UC_X86_INS_OUT, OutCallback(on_out))
+    start = 0
+    for first, last in (*ram, (1 << PHYSICAL_BITS, 0)):
+        if start < first:
+            engine.map_io(start, first - start, *_window(start, mmio, fail))
+        start = last
+
+
+def _window(base: int, mmio: Bus, fail: Fail) -> tuple[Any, Any]:
+    """The callbacks of the I/O window that begins at `base`."""
+    bus_read, bus_write = mmio.read, mmio.write
+
+    def read(_engine: int, offset: int, size: int, _data: int) -> int:
+        try:
+            return bus_read(base + offset, size)
+        except BaseException as failure:
+            fail(failure)
+            return ALL_ONES[size]
+
+    def write(_engine: int, offset: int, size: int, value: int, _data: int) -> None:
+        try:
+            bus_write(base + offset, size, value)
+        except BaseException as failure:
+            fail(failure)
+
+    return MmioReadCallback(read), MmioWriteCallback(write)

@@ -1,0 +1,37 @@
+"""Dropping translated code by guest-physical address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vmm.cpu.context import CR0_PG, F_AC, Context
+from vmm.cpu.layout import H_CPL, H_LMA, H_SMAP
+
+_ALIAS = 1 << 63
+"""Upper half of addresses that no guest uses."""
+
+
+def invalidate(context: Context, ram: Iterable[tuple[int, int]], address: int, length: int) -> None:
+    """Forget code that was translated from the parts of the range that are RAM (2 us).
+
+    The library takes virtual addresses only, and skips what the guest cannot execute now. So for
+    the time of the call the CPU has paging off and 64-bit addresses, of which bit 63 does
+    not reach memory, and uses a set of TLB entries (that of SMAP) that guests never use.
+
+    Args:
+        ram: (start, end) of the RAM regions.
+    """
+    at = context.at
+    context.save()
+    words, longs = context.words, context.longs
+    cr0, hidden, flags = longs[at.cr], words[at.hflags_w], words[at.eflags_w]
+    longs[at.cr] = cr0 & ~CR0_PG
+    words[at.hflags_w] = hidden & ~H_CPL | H_LMA | H_SMAP
+    words[at.eflags_w] = flags & ~F_AC
+    context.restore()
+    for start, end in ram:
+        first, last = max(start, address), min(end, address + length)
+        if first < last:
+            context.engine.remove_translations(_ALIAS | first, (_ALIAS | first) + last - first)
+    longs[at.cr], words[at.hflags_w], words[at.eflags_w] = cr0, hidden, flags
+    context.restore()
