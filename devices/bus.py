@@ -140,6 +140,7 @@ class Bus:
         self._reserved: list[Range] = []
         self._stats: dict[str, AccessStats] = {}
         self._timed = False
+        self._muted: tuple[list[int], list[BusEntry]] | None = None
 
     def __iter__(self) -> Iterator[BusEntry]:
         return iter(tuple(self._entries))
@@ -229,6 +230,18 @@ class Bus:
     def stats(self) -> dict[str, AccessStats]:
         """Per owner, also of owners that hold no range at the moment."""
         return dict(self._stats)
+
+    def mute(self) -> None:
+        """Let no access reach a device until `unmute`; neither insert nor remove meanwhile."""
+        if self._muted is None:
+            self._muted = self._starts, self._entries
+            self._starts, self._entries = [], []
+
+    def unmute(self) -> None:
+        """End `mute`; harmless if it was not."""
+        if self._muted is not None:
+            self._starts, self._entries = self._muted
+            self._muted = None
 
     def _check_free(self, wanted: Range) -> None:
         for taken in self._reserved:

@@ -72,8 +72,7 @@ class Accesses:
         buffer = bytearray(MAX_DATAGRAM + 1)
         pack_read, pack_write, unpack = _READ.pack, _WRITE.pack, _RESULT.unpack_from
         put, tick, results, ones = lane.SLOT.pack_into, shared.tick, _RESULT_HEADERS, ALL_ONES
-        start, slots, step = lane.RING_START, lane.RING_SLOTS, lane.SLOT_BYTES
-        ring = tuple(start + step * slot for slot in range(slots))
+        put_read, ring, slots = lane.READ_SLOT.pack_into, lane.RING, lane.RING_SLOTS
         last_slot, half = slots - 1, slots // 2
         head_word, tail_word, value_word = lane.HEAD, lane.TAIL, lane.VALUE
         state_word, upcalls_word = lane.STATE, lane.UPCALLS
@@ -141,37 +140,33 @@ class Accesses:
             reads = tuple(lane.header(m.Read.opcode, size, index) for size in range(9))
             writes = tuple(lane.header(m.Write.opcode, size, index) for size in range(9))
 
-            def lane_read(offset: int, size: int) -> int:
-                """Read by the lane, which has a free slot."""
-                nonlocal head, limit, posted
-                put(page, ring[head & last_slot], reads[size], offset, handler.base + offset, 0)
-                head += 1
-                words[head_word] = head
-                for _ in spins:
-                    if words[tail_word] == head:
-                        break
-                else:
-                    if shared.wait_tail(head, head, "Read") is None:
-                        return ones[size]
-                limit = head + slots
-                posted = False
-                value: int = words[value_word]
-                upcalls = words[upcalls_word]
-                if upcalls != link.upcalls and not link.catch_up(upcalls, "Read"):
-                    return ones[size]
-                return value & ones[size]
-
             def read(offset: int, size: int) -> int:
-                nonlocal tubed, posted
+                nonlocal tubed, head, limit, posted
                 if is_open:
                     if words[state_word] == dozing:
                         shared.close()
                     elif head < limit or make_room():
-                        return lane_read(offset, size)
+                        where = ring[head & last_slot]
+                        put_read(page, where, reads[size], offset, handler.base + offset)
+                        head += 1
+                        words[head_word] = head
+                        for _ in spins:
+                            if words[tail_word] == head:
+                                break
+                        else:
+                            if shared.wait_tail(head, head, "Read") is None:
+                                return ones[size]
+                        limit = head + slots
+                        posted = False
+                        result: int = words[value_word]
+                        upcalls = words[upcalls_word]
+                        if upcalls != link.upcalls and not link.catch_up(upcalls, "Read"):
+                            return ones[size]
+                        return result & ones[size]
                 if not tubed & _TICK:
                     tick()
-                    if is_open and (head < limit or make_room()):
-                        return lane_read(offset, size)
+                    if is_open:
+                        return read(offset, size)
                 tubed += 1
                 posted = False
                 request: bytes | None = pack_read(reads[size], offset, handler.base + offset)

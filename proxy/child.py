@@ -135,19 +135,19 @@ class ChildLoop:
         if words is None or page is None:
             raise ProtocolFault("a lane that this child does not have")
         readers, writers, host = self._commands.readers, self._commands.writers, self._host
-        unpack, tail, spins = lane.SLOT.unpack_from, self._tail, 0
+        unpack, tail, spins = lane.TAKEN_SLOT.unpack_from, self._tail, 0
         head_word, tail_word, value_word, door_word = lane.HEAD, lane.TAIL, lane.VALUE, lane.DOOR
-        start, slots, step = lane.RING_START, lane.RING_SLOTS, lane.SLOT_BYTES
+        ring, last_slot = lane.RING, lane.RING_SLOTS - 1
         host.quiet = False
         while True:
             if words[head_word] != tail:
-                header, offset, _, value = unpack(page, start + tail % slots * step)
-                if header & 0xFF == _READ:
+                opcode, size, region, _, offset, _, value = unpack(page, ring[tail & last_slot])
+                if opcode == _READ:
                     host.quiet = True
-                    words[value_word] = readers[header >> 16 & 0xFF](offset, header >> 8 & 0xFF)
+                    words[value_word] = readers[region](offset, size)
                     host.quiet = False
                 else:
-                    writers[header >> 16 & 0xFF](offset, header >> 8 & 0xFF, value)
+                    writers[region](offset, size, value)
                 tail += 1
                 words[tail_word] = tail
                 spins = 0
@@ -195,10 +195,9 @@ class ChildLoop:
             return
         head = words[lane.HEAD]
         while self._tail != head:
-            place = lane.RING_START + self._tail % lane.RING_SLOTS * lane.SLOT_BYTES
-            header, offset, _, value = lane.SLOT.unpack_from(page, place)
-            region, size = header >> 16 & 0xFF, header >> 8 & 0xFF
-            if header & 0xFF == _READ:
+            place = lane.RING[self._tail % lane.RING_SLOTS]
+            opcode, size, region, _, offset, _, value = lane.TAKEN_SLOT.unpack_from(page, place)
+            if opcode == _READ:
                 words[lane.VALUE] = self._commands.readers[region](offset, size)
             else:
                 self._commands.writers[region](offset, size, value)

@@ -1,4 +1,4 @@
-"""What each rare command does to the device model of a child."""
+"""What each rare command does to the device model of a child; accesses are in the loop itself."""
 
 from __future__ import annotations
 
@@ -66,8 +66,6 @@ class Commands:
         self.writers = [each.write for each in handlers]
         self._table: dict[type[m.Message], Callable[[Any], m.Message | None]] = {
             m.Activate: self._activate,
-            m.Read: self._read,
-            m.Write: self._write,
             m.ReadConfig: self._read_config,
             m.WriteConfig: self._write_config,
             m.InitPciConfigMapping: self._map_config,
@@ -113,13 +111,6 @@ class Commands:
 
     def _activate(self, _: m.Activate) -> m.Message:
         return m.Activated(shape_of(self._device), self._has_lane)
-
-    def _read(self, command: m.Read) -> m.Message:
-        value = self.readers[command.region](command.offset, command.length)
-        return m.ReadResult(command.length, value)
-
-    def _write(self, command: m.Write) -> None:
-        self.writers[command.region](command.offset, command.length, command.data)
 
     def _read_config(self, command: m.ReadConfig) -> m.Message:
         value = ALL_ONES[4] if self._closed else self._device.read_config(command.register)

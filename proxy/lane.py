@@ -51,12 +51,19 @@ RING_START = 4096
 RING_SLOTS = 64
 SLOT_BYTES = 64
 """A cache line each, so that the two sides do not fight for neighbours."""
+RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
+"""Where each slot starts."""
 SLOT = struct.Struct("<QQQQ")
 """Header as in the messages `Read` and `Write` (opcode, length, region, requester), then offset,
 address and data."""
-
-READ_OPCODE = 0x02
-WRITE_OPCODE = 0x03
+READ_RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
+"""Where each slot starts."""
+SLOT = struct.Struct("<QQQ")
+"""The part of a slot that a read needs."""
+TAKEN_RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
+"""Where each slot starts."""
+SLOT = struct.Struct("<BBBxIQQQ")
+"""A slot as the child takes it, with the header's fields apart."""
 
 
 def header(opcode: int, length: int, region: int, requester: int = 0) -> int:

@@ -13,7 +13,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from proxy import lane, launch
 from proxy.errors import ProtocolFault, TubeClosed
 from proxy.events import Obituary
 from proxy.jail import JailPlan, fork_into_jail, prepare_warden, receive_violation
-from proxy.launch import DeviceFactory, Ready, StartFailed, StartReport, start_child
+from proxy.launch import DeviceFactory, Ready, StartReport, start_child
 from proxy.tube import Tube, close_all, pair, receive_datagram
 
 ORDER_LIMIT = 1 << 20
@@ -73,7 +73,6 @@ class _Child:
     start_by: float
     listener: int = -1
     syscall: str | None = None
-    timers: list[float] = field(default_factory=list)
 
 
 def run_warden(
@@ -351,6 +350,3 @@ class _Warden:
                 elif left <= 0:
                     self._kill(child)
                     self._bury(child)
-
-
-__all__ = ["CloseAll", "Launched", "NotLaunched", "SpawnOrder", "StartFailed", "run_warden"]

@@ -217,6 +217,7 @@ class Machine:
         try:
             with noted_signals(parts.events, self._noted_signal):
                 vcpu.run(UNLIMITED if budget is None else budget, steps)
+                parts.unmute()
                 self._settle()
         finally:
             if watch is not None:

@@ -212,6 +212,9 @@ class Parts:
         self.events.interrupt()
 
     def _guest_exit(self, value: int) -> None:
+        # The CPU stops at the end of the block; what the guest still does there goes nowhere.
+        for bus in self.buses.values():
+            bus.mute()
         self.vcpu.stop(Outcome(Ending.GUEST_EXIT, guest_value=value))
 
     def _device_failed(self, failure: DeviceFailure) -> None:
@@ -231,6 +234,11 @@ class Parts:
         return crash_report(self.cpu, stop, self.symbols)
 
     # Quiet.
+
+    def unmute(self) -> None:
+        """The CPU has stopped: devices can be reached again."""
+        for bus in self.buses.values():
+            bus.unmute()
 
     def stateful(self) -> list[Attachment]:
         """Everything that a snapshot keeps; the platform last."""

@@ -127,9 +127,8 @@ class VcpuLoop:
             if steps is None:
                 stop = cpu.run(slice_budget)
             else:
-                before = cpu.executed
                 stop = cpu.step(1)
-                steps -= cpu.executed != before  # a kick may have come first
+                steps -= 1
             if stop.reason in (StopReason.SHUTDOWN, StopReason.ERROR):
                 self._crashed(stop)
 

@@ -162,6 +162,7 @@ class Cpu:
         clock advances by `STEP_COST` for each instruction.
         """
         for _ in range(count):
+            self._kicked = False  # exact means exact; whoever kicked looks again by himself
             before = self._words[0]
             after_halt = self._fast.after_halt()
             stop = self._run(_STEP_LIMIT, 1)
