@@ -11,7 +11,7 @@ org 0x100000
 section .text
         call    serial_init
         print   "Hello from the default guest!", 10
-        print   10, "Echo device at port 0x510:", 10
+        print   10, "Echo device at port 0xEC0:", 10
         mov     dx, ECHO
         mov     al, 0x5A
         out     dx, al

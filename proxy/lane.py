@@ -56,13 +56,9 @@ RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
 SLOT = struct.Struct("<QQQQ")
 """Header as in the messages `Read` and `Write` (opcode, length, region, requester), then offset,
 address and data."""
-READ_RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
-"""Where each slot starts."""
-SLOT = struct.Struct("<QQQ")
+READ_SLOT = struct.Struct("<QQQ")
 """The part of a slot that a read needs."""
-TAKEN_RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
-"""Where each slot starts."""
-SLOT = struct.Struct("<BBBxIQQQ")
+TAKEN_SLOT = struct.Struct("<BBBxIQQQ")
 """A slot as the child takes it, with the header's fields apart."""
 
 

@@ -39,7 +39,7 @@ def test_the_default_guest_says_what_it_found() -> None:
     assert done.stderr == b""
     text = done.stdout.decode()
     assert text.startswith("Hello from the default guest!\n")
-    assert "Echo device at port 0x510:" in text
+    assert "Echo device at port 0xEC0:" in text
     assert "32 bits: wrote cafef00d, read cafef00d" in text
     assert "00:01.0 1234:c501 class ff0000 INTA#" in text
 

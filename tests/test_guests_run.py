@@ -24,7 +24,7 @@ def test_hello() -> None:
 DEFAULT_OUTPUT = """\
 Hello from the default guest!
 
-Echo device at port 0x510:
+Echo device at port 0xEC0:
   8 bits:  wrote 5a, read 5a
   16 bits: wrote beef, read beef
   32 bits: wrote cafef00d, read cafef00d
@@ -173,7 +173,7 @@ def test_stress_on_echo_only() -> None:
 
 def test_stress_notices_one_wrong_bit() -> None:
     with Rig() as rig:
-        entry = rig.ports.find(0x510)
+        entry = rig.ports.find(0xEC0)
         assert entry is not None
         right, reads = entry.read, iter(range(100))
         entry.read = lambda offset, size: right(offset, size) ^ (next(reads) == 20)
