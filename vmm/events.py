@@ -2,12 +2,14 @@
 
 One epoll instance holds every descriptor that the machine listens to. Between slices of guest
 execution the vCPU thread polls it; while the guest runs, a watcher thread waits on the epoll
-descriptor itself (which is readable when anything in it is) and only kicks the CPU. So no callback
-ever runs on another thread, and there are no locks in device or machine code.
+descriptor itself (which is readable when anything in it is) and for the next timer, and only kicks
+the CPU. So no callback ever runs on another thread, and there are no locks in device or machine
+code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import os
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from time import monotonic
 
 Callback = Callable[[], None]
+FAR = float("inf")
 
 
 class Timer:
@@ -38,9 +41,14 @@ class EventLoop:
 
     Args:
         kick: called by the watcher thread to make the vCPU thread come back; must be thread-safe.
+
+    Attributes:
+        guest_due: when (`time.monotonic`) the guest's own next timer is due, `FAR` for never;
+            handling it is up to the vCPU loop. Call `replanned` when it has changed.
     """
 
     def __init__(self, kick: Callback) -> None:
+        self.guest_due: Callable[[], float] = lambda: FAR
         self._kick = kick
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
@@ -48,8 +56,10 @@ class EventLoop:
         self._order = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
+        self._rearm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._armed = threading.Event()
         self._watching = False
+        self._watched_until = FAR
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -73,12 +83,17 @@ class EventLoop:
         """Call `callback` on the vCPU thread at `when` (`time.monotonic` seconds)."""
         timer = Timer(when, callback)
         heapq.heappush(self._timers, (when, next(self._order), timer))
-        self.interrupt()
+        self.replanned()
         return timer
 
     def interrupt(self) -> None:
         """Make a `poll` that waits return, and a running guest come back; from any thread."""
         os.eventfd_write(self._wake, 1)
+
+    def replanned(self) -> None:
+        """A timer was planned: let the watcher look again if it would come too late."""
+        if self._watching and self._next_due() < self._watched_until:
+            os.eventfd_write(self._rearm, 1)
 
     # The vCPU thread's side.
 
@@ -87,30 +102,31 @@ class EventLoop:
 
         Returns whether anything was handled.
         """
-        due = self._next_due()
-        if due is not None:
-            left = max(due - monotonic(), 0.0)
-            timeout = left if timeout is None else min(timeout, left)
+        if timeout != 0.0:
+            due = self._next_due()
+            if due != FAR:
+                left = max(due - monotonic(), 0.0)
+                timeout = left if timeout is None else min(timeout, left)
         handled = False
         for fd, _ in self._epoll.poll(timeout):
-            if fd == self._wake:
-                self._clear_wake()
-                handled = True
-                continue
+            handled = True
             callback = self._callbacks.get(fd)
-            if callback is not None:
+            if fd == self._wake:
+                _clear(fd)
+            elif callback is not None:
                 callback()
-                handled = True
         return self._run_timers() or handled
 
     def watch(self) -> None:
         """From now on, until something happens, the watcher kicks the CPU when it does."""
         if self._watching:
+            self.replanned()
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._watcher, name="vmm-watcher", daemon=True)
             self._thread.start()
         self._watching = True
+        self._watched_until = self._next_due()
         self._armed.set()
 
     def close(self) -> None:
@@ -124,44 +140,48 @@ class EventLoop:
             self._thread.join()
         self._epoll.close()
         os.close(self._wake)
+        os.close(self._rearm)
 
-    def _next_due(self) -> float | None:
+    def _next_due(self) -> float:
         while self._timers and self._timers[0][2].cancelled:
             heapq.heappop(self._timers)
-        return self._timers[0][0] if self._timers else None
+        guest = self.guest_due()
+        return min(self._timers[0][0], guest) if self._timers else guest
 
     def _run_timers(self) -> bool:
         ran = False
-        while (due := self._next_due()) is not None and due <= monotonic():
-            heapq.heappop(self._timers)[2].callback()
-            ran = True
+        while self._timers and (self._timers[0][2].cancelled or self._timers[0][0] <= monotonic()):
+            timer = heapq.heappop(self._timers)[2]
+            if not timer.cancelled:
+                timer.callback()
+                ran = True
         return ran
 
-    def _clear_wake(self) -> None:
-        try:
-            os.eventfd_read(self._wake)
-        except BlockingIOError:
-            return
-
     def _watcher(self) -> None:
-        waiter = select.poll()
-        waiter.register(self._epoll.fileno(), select.POLLIN)
+        waited = [self._epoll.fileno(), self._rearm]
         while True:
             self._armed.wait()
             self._armed.clear()
-            if self._closed:
-                return
-            due = self._next_due_for_watcher()
-            waiter.poll(None if due is None else max(due - monotonic(), 0.0) * 1000 + 1)
+            while not self._closed:
+                until = self._watched_until
+                left = None if until == FAR else max(until - monotonic(), 0.0)
+                ready, _, _ = select.select(waited, [], [], left)
+                if ready != [self._rearm]:
+                    break
+                _clear(self._rearm)
+                with contextlib.suppress(IndexError):  # the vCPU thread may change the heap now
+                    self._watched_until = self._next_due_unchanged()
             self._watching = False
             if self._closed:
                 return
             self._kick()
 
-    def _next_due_for_watcher(self) -> float | None:
-        # Read without popping: the vCPU thread owns the heap. `call_at` interrupts, so a timer
-        # that is added later than this look is not missed.
-        try:
-            return self._timers[0][0]
-        except IndexError:
-            return None
+    def _next_due_unchanged(self) -> float:
+        """As `_next_due`, from the watcher: the heap belongs to the vCPU thread."""
+        guest = self.guest_due()
+        return min(self._timers[0][0], guest) if self._timers else guest
+
+
+def _clear(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(fd)
