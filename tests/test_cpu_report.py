@@ -5,7 +5,7 @@ from __future__ import annotations
 from cpu_bench import CODE, Bench
 
 from vmm.cpu.engine import StopReason
-from vmm.cpu.report import code_bits, crash_report, mode_name, symbol_at
+from vmm.cpu.report import LABEL_REACH, code_bits, crash_report, mode_name, symbol_at
 
 SYMBOLS = [(CODE + 0x10, 4, "later"), (CODE, 8, "start")]
 
@@ -23,13 +23,20 @@ def test_a_triple_fault() -> None:
             ),
         )
         assert stop.reason is StopReason.SHUTDOWN
-        text = crash_report(bench.cpu, stop, SYMBOLS)
-        first, second, *rest = text.splitlines()
-        assert first.startswith("guest shutdown: triple fault: #UD -> #GP")
-        assert second == f"long mode, ring 0, at {CODE + 3:#x} <start+0x3>"
+        text = crash_report(bench.cpu, SYMBOLS)
+        first, *rest = text.splitlines()
+        assert first == f"long mode, ring 0, at {CODE + 3:#x} <start+0x3>"
         assert any("r11 000000000000abcd" in line for line in rest)
         assert any("ud2" in line for line in rest)
         assert rest[-1].startswith("stack at 0x3fff8: 000000000000abcd")
+
+
+def test_a_label_without_a_size_reaches_to_the_next() -> None:
+    labels = [(0x100, 0, "first"), (0x120, 0, "second")]
+    assert symbol_at(0x11F, labels) == "first+0x1f"
+    assert symbol_at(0x120, labels) == "second"
+    assert symbol_at(0x99, labels) == ""
+    assert symbol_at(0x120 + LABEL_REACH, labels) == ""
 
 
 def test_where_there_is_no_memory() -> None:

@@ -22,7 +22,7 @@ from proxy.warden import Warden
 from vmm.attachment import Attachment, DeviceFactory, LocalHost, build_local
 from vmm.config import CONSOLE, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
-from vmm.cpu.engine import Cpu, Stop
+from vmm.cpu.engine import Cpu
 from vmm.events import EventLoop
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
@@ -228,10 +228,10 @@ class Parts:
             if proxy.name == owner:
                 proxy.fail(text)
 
-    def _crash_report(self, stop: Stop) -> str:
+    def _crash_report(self) -> str:
         from vmm.cpu.report import crash_report  # loads the disassembler
 
-        return crash_report(self.cpu, stop, self.symbols)
+        return crash_report(self.cpu, self.symbols)
 
     # Quiet.
 

@@ -49,7 +49,7 @@ class VcpuLoop:
         pic: PicPair,
         *,
         between: Callable[[], None],
-        crash_report: Callable[[Stop], str],
+        crash_report: Callable[[], str],
     ) -> None:
         self.stats = VcpuStats()
         self.suspended = False
@@ -147,7 +147,7 @@ class VcpuLoop:
         return WINDOW_FIRST if self._pic.pending() else UNLIMITED
 
     def _crashed(self, stop: Stop) -> None:
-        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report(stop)))
+        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report()))
 
     def _idle(self) -> None:
         begin = perf_counter()

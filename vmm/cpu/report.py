@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vmm.cpu.context import CR0_PE, CR0_PG, D_BIG, D_LONG, EFER_LMA, F_VM
-from vmm.cpu.engine import Cpu, Stop
+from vmm.cpu.engine import Cpu
 from vmm.cpu.state import GPR_NAMES, CpuState
 
 Symbols = Sequence[tuple[int, int, str]]
@@ -23,18 +23,19 @@ _FLAG_NAMES = (
 )
 
 
-def crash_report(cpu: Cpu, stop: Stop | None = None, symbols: Symbols = ()) -> str:
+LABEL_REACH = 4096
+"""Bytes behind a label without a size that are still called by its name."""
+
+
+def crash_report(cpu: Cpu, symbols: Symbols = ()) -> str:
     """Registers, the instructions at RIP and the top of the stack.
 
     Args:
-        stop: why the CPU stopped; its detail becomes the first line.
         symbols: of the guest's image, in any order.
     """
     state = cpu.get_state()
     bits = code_bits(state)
     lines = []
-    if stop is not None:
-        lines.append(f"guest {stop.reason.value}" + (f": {stop.detail}" if stop.detail else ""))
     where = linear_rip(state)
     name = symbol_at(where, symbols)
     lines.append(f"{mode_name(state)}, at {where:#x}" + (f" <{name}>" if name else ""))
@@ -77,13 +78,17 @@ def mode_name(state: CpuState) -> str:
 
 
 def symbol_at(address: int, symbols: Symbols) -> str:
-    """``name+0x12`` for an address inside a symbol, else ""."""
+    """``name+0x12`` for an address inside a symbol, else "".
+
+    A symbol without a size (an assembler's label) reaches up to the next one, `LABEL_REACH` at
+    most.
+    """
     ordered = sorted(symbols)
     index = bisect_right(ordered, (address, 1 << 64, "\U0010ffff")) - 1
     if index < 0:
         return ""
     start, size, name = ordered[index]
-    if address >= start + max(size, 1):
+    if address >= start + (size or LABEL_REACH):
         return ""
     return name if address == start else f"{name}+{address - start:#x}"
 
