@@ -53,6 +53,6 @@ def test_arrows_never_point_back(file: Path) -> None:
 
 def test_the_rule_sees_something() -> None:
     assert len(_files()) > 40
-    assert "unicorn" in set(_imports(ROOT / "vmm/cpu/library.py")) | set(
+    assert "unicorn" in set(_imports(ROOT / "vmm/cpu/library.py")) | {
         name.split(".")[0] for name in _imports(ROOT / "vmm/cpu/library.py")
-    )
+    }

@@ -74,7 +74,7 @@ def test_echo_notices_that_nothing_answers() -> None:
     with Rig(echo=False) as rig:
         result = rig.run("echo")
     assert (result.ending, result.exit_value) == ("exit", 1)
-    assert "echo: port 0510 read 000000ff, expected " in result.output
+    assert "echo: port 0ec0 read 000000ff, expected " in result.output
 
 
 def test_pci_scan() -> None:

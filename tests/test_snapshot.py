@@ -238,7 +238,7 @@ def test_a_device_that_does_not_sleep_stops_the_snapshot_only(tmp_path: Path) ->
             raise refusing
 
         proxy.sleep, real = refuse, proxy.sleep  # type: ignore[method-assign]
-        with pytest.raises(DeviceError, match="config-space.*busy"):
+        with pytest.raises(DeviceError, match=r"config-space.*busy"):
             machine.snapshot(tmp_path / "saved")
         proxy.sleep = real  # type: ignore[method-assign]
         assert not os.listdir(tmp_path)
@@ -263,7 +263,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(good: Path, tmp_path: Path) -> Iterator[Path]:
     # cp keeps the holes of memory.bin
     subprocess.run(["cp", "-r", "--sparse=always", str(good), str(tmp_path / "copy")], check=True)
-    yield tmp_path / "copy"
+    return tmp_path / "copy"
 
 
 def _files(good: Path) -> list[str]:
@@ -325,7 +325,7 @@ def _rewrite(place: Path, change: Callable[[dict[str, object]], None], version: 
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
     _rewrite(copy, lambda body: None, version=2)
-    with pytest.raises(UserError, match="format 2.*update"):
+    with pytest.raises(UserError, match=r"format 2.*update"):
         Machine.restore(copy)
 
 

@@ -1,0 +1,1 @@
+"""What firmware would have told the guest: ACPI tables, the MP table, fw_cfg items."""
