@@ -80,7 +80,7 @@ def unpack(archive: bytes) -> list[Entry]:
     Raises:
         ValueError: it is damaged.
     """
-    entries = []
+    entries: list[Entry] = []
     position = 0
     while True:
         header = archive[position : position + _HEADER_SIZE]

@@ -234,7 +234,7 @@ def extract(package: Path, member: str) -> bytes:
 
 
 def initramfs(busybox: bytes) -> bytes:
-    """The compressed root file system around a static busybox; the same bytes for the same input."""
+    """The compressed root file system around a static busybox; same input, same bytes."""
     archive = cpio.pack(
         (
             *(cpio.directory(name) for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp")),

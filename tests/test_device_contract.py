@@ -29,10 +29,19 @@ from devices.errors import DeviceError, DeviceFailure
 from devices.registry import MODELS, load
 
 PIC = "devices.irqchip.pic:PicPair"
-"""Not for the command line: it always lives in the machine's process."""
+LOCAL = (
+    PIC,
+    "devices.platform.debug_console:DebugConsole",
+    "devices.platform.fw_cfg:FwCfg",
+    "devices.platform.i8042:I8042",
+    "devices.platform.port92:Port92",
+    "devices.platform.post:PostPort",
+    "devices.platform.vga_text:VgaText",
+)
+"""Not for the command line: they always live in the machine's process."""
 
 CASES = [
-    *((model, IN_PROCESS) for model in (*sorted(MODELS), PIC)),
+    *((model, IN_PROCESS) for model in (*sorted(MODELS), *LOCAL)),
     *((model, how) for model in sorted(MODELS) for how in (PROXIED, LANE)),
 ]
 
@@ -76,7 +85,7 @@ def test_model_is_what_the_registry_says(name: str) -> None:
 def test_default_places_do_not_collide(workshop: Workshop) -> None:
     buses = {BusType.PIO: Bus(BusType.PIO, 0x10000), BusType.MMIO: Bus(BusType.MMIO)}
     placed = 0
-    for name in (*MODELS, PIC):
+    for name in (*MODELS, *LOCAL):
         with workshop.make_subject(name, IN_PROCESS) as made:
             for region, handler in zip(made.regions, made.handlers, strict=True):
                 claimed = region.range()

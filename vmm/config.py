@@ -60,6 +60,17 @@ class DeviceConfig:
             raise UserError(f"device '{self.name}': addr={self.addr:#x} is no 64-bit address")
 
 
+class ClockKind(enum.StrEnum):
+    """What guest time follows.
+
+    REAL: the host's clock; a halted guest sleeps. VIRTUAL: the code that the guest executes; idle
+    time is skipped, and the same start gives the same run.
+    """
+
+    REAL = "real"
+    VIRTUAL = "virtual"
+
+
 @dataclass(frozen=True)
 class MachineConfig:
     """The shape of a machine: what a snapshot must find again.
@@ -67,10 +78,14 @@ class MachineConfig:
     Attributes:
         memory: RAM in bytes.
         devices: in the order of the command line.
+        clock: what guest time follows.
+        rom: bytes of firmware ROM below 4 GiB; 0: none.
     """
 
     memory: int = DEFAULT_MEMORY
     devices: tuple[DeviceConfig, ...] = ()
+    clock: ClockKind = ClockKind.REAL
+    rom: int = 0
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -195,6 +210,10 @@ def difference(saved: MachineConfig, wanted: MachineConfig) -> str | None:
     """How two shapes differ, in words that name the first difference; None if they do not."""
     if saved.memory != wanted.memory:
         return f"memory is {saved.memory >> 20} MiB there and {wanted.memory >> 20} MiB here"
+    if saved.clock != wanted.clock:
+        return f"the clock is {saved.clock} there and {wanted.clock} here"
+    if saved.rom != wanted.rom:
+        return f"the firmware has {saved.rom} bytes there and {wanted.rom} here"
     there: Mapping[str, DeviceConfig] = {device.name: device for device in saved.devices}
     here: Mapping[str, DeviceConfig] = {device.name: device for device in wanted.devices}
     for name in there:

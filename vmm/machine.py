@@ -20,10 +20,9 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from devices.bus import BusType, Range
+from devices.bus import BusType
 from devices.contract import Device, DeviceHost
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.pci.intx import PIRQ_IRQS
 from proxy.jail import JailMode
 from vmm import saving, sources
 from vmm import snapshot as snapshots
@@ -33,6 +32,7 @@ from vmm.boot.options import BootOptions, BootResult
 from vmm.config import (
     DEFAULT_MEMORY,
     NAME,
+    ClockKind,
     DeviceConfig,
     HostOptions,
     MachineConfig,
@@ -40,15 +40,19 @@ from vmm.config import (
     parse_size,
 )
 from vmm.console import ConsoleBuffer
+from vmm.firmware.acpi import place_tables
+from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
+from vmm.firmware.mptable import build_mptable
+from vmm.firmware.platform import Platform
 from vmm.interrupt import noted_signals
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
+from vmm.pc import PM_TIMER_BITS
 from vmm.vcpu import UNLIMITED
 
-PCI_WINDOW_TOP = 0xFEC0_0000
-"""Where the window for BARs ends: what follows belongs to interrupt controllers and firmware."""
-PCI_WINDOW_LOW = 0xE000_0000
-"""Where that window starts, so that BARs lie at the same place whatever the size of RAM."""
+PLATFORM = Platform(pm_timer_bits=PM_TIMER_BITS)
+KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
+"""Formats that look for the board's tables; others may use that memory as they like."""
 ELCR_HIGH = 0x4D1
 """Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
 
@@ -60,6 +64,7 @@ class Machine:
         config: its whole shape; None: `memory` and the default devices.
         memory: RAM in bytes, or as text ("64M"); ignored if `config` is given.
         devices: the devices; None: the default ones; ignored if `config` is given.
+        clock: "real" or "virtual"; ignored if `config` is given.
         host: how this host runs it.
         jail: short for ``host.jail``.
 
@@ -73,12 +78,15 @@ class Machine:
         *,
         memory: int | str = DEFAULT_MEMORY,
         devices: tuple[DeviceConfig, ...] | None = None,
+        clock: ClockKind | str = ClockKind.REAL,
         host: HostOptions | None = None,
         jail: JailMode | str | None = None,
     ) -> None:
         if config is None:
             size = parse_size(memory) if isinstance(memory, str) else memory
-            config = MachineConfig(size, default_devices() if devices is None else devices)
+            config = MachineConfig(
+                size, default_devices() if devices is None else devices, ClockKind(clock)
+            )
         self.config = config
         self.host = host or HostOptions()
         if jail is not None:
@@ -171,7 +179,11 @@ class Machine:
         """
         data, options = sources.read_image(image, options)
         parts = self.parts
-        result = load(parts.memory, data, options)
+        tables = place_tables(PLATFORM)
+        result = load(parts.memory, data, replace(options, rsdp=tables.rsdp))
+        if result.format in KERNELS:
+            parts.memory.write(tables.start, tables.data)
+            parts.memory.write(MPTABLE_ADDRESS, build_mptable(PLATFORM))
         self._play_firmware()
         parts.cpu.set_state(result.state)
         parts.symbols = result.symbols
@@ -181,10 +193,9 @@ class Machine:
     def _play_firmware(self) -> None:
         """What a guest may expect to be done before it starts: BARs placed, PCI lines level."""
         parts = self.parts
-        window = Range(PCI_WINDOW_LOW, PCI_WINDOW_TOP - PCI_WINDOW_LOW)
-        for problem in parts.pci.assign_resources(window):
+        for problem in parts.pci.assign_resources(PLATFORM.mmio_window, PLATFORM.io_window):
             parts.wiring.log("pci", problem)
-        level = sum(1 << irq - 8 for irq in set(PIRQ_IRQS))
+        level = sum(1 << irq - 8 for irq in PLATFORM.level_irqs())
         parts.buses[BusType.PIO].write(ELCR_HIGH, 1, level)
 
     def run(

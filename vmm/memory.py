@@ -1,7 +1,9 @@
-"""Guest RAM: one memfd, mapped shared, seen as one or two regions of the physical space.
+"""Guest RAM: one memfd, mapped shared, seen as one or more regions of the physical space.
 
 Layout: RAM fills the space from 0 up to at most `LOW_LIMIT` (3 GiB); what is left starts at 4 GiB.
-The gap between holds MMIO, as on a PC.
+The gap between holds MMIO, as on a PC, and at its very end the firmware ROM of a machine that has
+one. A ROM is RAM that a guest can change (a firmware's loader writes it anew); its bytes follow
+those of RAM in the memfd.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ PAGE = 4096
 LOW_LIMIT = 0xC000_0000
 HIGH_START = 1 << 32
 MAX_SIZE = 64 << 30
+MAX_ROM = 16 << 20
 
 
 class AddressError(ValueError):
@@ -53,36 +56,56 @@ class GuestMemory:
     """The RAM of one machine. Close it only after the engine that maps it is gone.
 
     Args:
-        size: in bytes; a multiple of 4 KiB, 1 MiB to 64 GiB.
+        size: of RAM, in bytes; a multiple of 4 KiB, 1 MiB to 64 GiB.
+        rom: bytes of firmware ROM that end at 4 GiB; a multiple of 4 KiB, at most 16 MiB.
+
+    Attributes:
+        regions: all of them by ascending address, for the engine.
+        ram: those that a guest may take for RAM.
+        rom: the ROM's, if there is one.
+        file_size: bytes of the memfd: RAM, then ROM.
 
     Raises:
         UserError: a size that cannot be.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rom: int = 0) -> None:
         if size % PAGE or not 1 << 20 <= size <= MAX_SIZE:
             raise UserError(
                 f"guest memory of {size} bytes: give a multiple of 4K from 1M to {MAX_SIZE >> 30}G"
             )
+        if rom % PAGE or not 0 <= rom <= MAX_ROM:
+            raise UserError(
+                f"a firmware ROM of {rom} bytes: it must be a multiple of 4K and at most "
+                f"{MAX_ROM >> 20}M"
+            )
         self.size = size
+        self.file_size = total = size + rom
         self.fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self.fd, size)
-            self._map = mmap.mmap(self.fd, size)
+            os.ftruncate(self.fd, total)
+            self._map = mmap.mmap(self.fd, total)
         except (OSError, OverflowError) as error:
             os.close(self.fd)
             raise UserError(f"guest memory of {size} bytes cannot be had: {error}") from error
         # A fork must not take guest memory along: a device gets it only by keep_fds.
         self._map.madvise(mmap.MADV_DONTFORK)
         self.view = memoryview(self._map)
-        self._anchor: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * size).from_buffer(
+        self._anchor: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * total).from_buffer(
             self._map
         )
         host = ctypes.addressof(self._anchor)
         low = min(size, LOW_LIMIT)
-        self.regions = [RamRegion(0, low, 0, self.view[:low], host)]
+        self.ram = [RamRegion(0, low, 0, self.view[:low], host)]
         if size > low:
-            self.regions.append(RamRegion(HIGH_START, size - low, low, self.view[low:], host + low))
+            view = self.view[low:size]
+            self.ram.append(RamRegion(HIGH_START, size - low, low, view, host + low))
+        self.rom: RamRegion | None = None
+        self.regions = list(self.ram)
+        if rom:
+            view = self.view[size:total]
+            self.rom = RamRegion(HIGH_START - rom, rom, size, view, host + size)
+            self.regions.insert(1, self.rom)
 
     def close(self) -> None:
         """Unmap and release; harmless when repeated."""
@@ -91,6 +114,8 @@ class GuestMemory:
         for region in self.regions:
             region.view.release()
         self.regions = []
+        self.ram = []
+        self.rom = None
         self._anchor = None
         self.view.release()
         # A traceback that is being handled may still hold a view; the mapping then goes with it.
@@ -120,7 +145,7 @@ class GuestMemory:
     def extents(self) -> Iterator[tuple[int, int]]:
         """(offset, length) of the stretches of the memfd that were ever touched."""
         position = 0
-        while position < self.size:
+        while position < self.file_size:
             try:
                 begin = os.lseek(self.fd, position, os.SEEK_DATA)
             except OSError as error:

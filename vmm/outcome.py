@@ -16,6 +16,10 @@ class Ending(enum.StrEnum):
 
     HALTED = "halted"
     """The guest executed HLT with interrupts off: it is finished."""
+    POWERED_OFF = "powered-off"
+    """The guest switched itself off by ACPI."""
+    RESET = "reset"
+    """The guest asked for a reset (keyboard controller, port 0x92 or 0xCF9, INIT)."""
     GUEST_EXIT = "guest-exit"
     """The guest wrote to the debug-exit port."""
     CRASHED = "crashed"
@@ -41,11 +45,14 @@ class ExitStatus(enum.IntEnum):
     DEVICE = 6
     TIMEOUT = 8
     JAIL = 10
+    RESET = 12
     INTERRUPTED = 130
 
 
 _STATUS = {
     Ending.HALTED: ExitStatus.OK,
+    Ending.POWERED_OFF: ExitStatus.OK,
+    Ending.RESET: ExitStatus.RESET,
     Ending.CRASHED: ExitStatus.CRASH,
     Ending.DEVICE_FAILED: ExitStatus.DEVICE,
     Ending.TIMEOUT: ExitStatus.TIMEOUT,

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from time import time
 
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.irqchip.pic import PicPair
-from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.placement import Placement
 from proxy.warden import Warden
-from vmm.attachment import Attachment, DeviceFactory, LocalHost, build_local
-from vmm.config import CONSOLE, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
+from vmm.attachment import Attachment, DeviceFactory, build_local
+from vmm.clock import MachineClock, RealClock, VirtualClock
+from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
 from vmm.events import EventLoop
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
+from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
@@ -33,8 +34,8 @@ PCI_MMIO_TOP = 0xFEC0_0000
 """Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
 PHYSICAL_LIMIT = 1 << 40
 """The guest's physical address space: 40 bits."""
-PIC_NAME, PCI_NAME = "pic", "pci"
-"""Names of the platform's own devices; they live in the machine's process."""
+VIRTUAL_EPOCH = 1_767_225_600
+"""The time of day at which a machine with a virtual clock starts: 2026-01-01 00:00 UTC."""
 
 
 class Parts:
@@ -75,13 +76,13 @@ class Parts:
 
     def _build(self, factories: Mapping[str, DeviceFactory], between: Callable[[], None]) -> None:
         children = self._fork_children(factories)
-        self.memory = GuestMemory(self.config.memory)
+        self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
         self.buses = {BusType.PIO: Bus(BusType.PIO, 1 << 16), BusType.MMIO: mmio}
         for region in self.memory.regions:
             mmio.reserve(Range(region.start, region.size))
-        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio)
+        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, tsc=self._tsc)
         self._stack.callback(self.cpu.close)
         self.events = EventLoop(self.cpu.kick)
         self._stack.callback(self.events.close)
@@ -124,33 +125,52 @@ class Parts:
         return any(device.name == name and device.isolated for device in self.config.devices)
 
     def _build_platform(self, between: Callable[[], None]) -> None:
-        """The interrupt controllers and the PCI root, which live in this process."""
+        """Clock, board and vCPU loop, which live in this process."""
+        epoch = VIRTUAL_EPOCH
+        self.clock: MachineClock
+        if self.config.clock is ClockKind.VIRTUAL:
+            self.clock = VirtualClock(lambda: self.cpu.executed, self.cpu.kick)
+        else:
+            self.clock = RealClock(self.events.replanned)
+            epoch = int(time())
+        self.events.guest_due = self.clock.host_due
+        self.consoles = {CONSOLE: self.console, DEBUG_CONSOLE: ConsoleBuffer()}
         self.wiring = Wiring(
             self.cpu,
             attention=self.request_attention,
             guest_exit=self._guest_exit,
             device_failed=self._device_failed,
-            consoles={CONSOLE: self.console},
+            consoles=self.consoles,
         )
-        self.pic = PicPair(LocalHost(PIC_NAME, self.wiring, {}))
-        self.pci = PciRoot(
-            LocalHost(PCI_NAME, self.wiring, {}),
-            self.buses[BusType.MMIO],
-            self.buses[BusType.PIO],
-            set_irq_line=self.wiring.isa_line,
-            on_violation=self._pci_violation,
+        self.board = Board(
+            self.buses,
+            self.memory,
+            self.clock,
+            wiring=self.wiring,
+            events=BoardEvents(
+                power_off=lambda: self._guest_ends(Outcome(Ending.POWERED_OFF)),
+                reset=lambda: self._guest_ends(Outcome(Ending.RESET)),
+                interrupt=self.cpu.kick,
+                a20=self.cpu.set_a20,
+                pci_fault=self._pci_fault,
+            ),
+            epoch=epoch,
         )
-        self.wiring.pic, self.wiring.pci = self.pic, self.pci
-        self.platform = [
-            Attachment(DeviceConfig(PCI_NAME, PciRoot.model, isolated=False), self.pci),
-            Attachment(DeviceConfig(PIC_NAME, PicPair.model, isolated=False), self.pic),
-        ]
-        for attachment in self.platform:
-            attachment.place(self.buses)
+        self.pci = self.wiring.pci = self.board.pci
+        self.wiring.irqchip = self.board.irqchip
         self.placement = Placement(lanes=self.host.fast_lane)
         self.vcpu = VcpuLoop(
-            self.cpu, self.events, self.pic, between=between, crash_report=self._crash_report
+            self.cpu,
+            self.events,
+            self.board.irqchip,
+            self.clock,
+            between=between,
+            crash_report=self._crash_report,
         )
+
+    def _tsc(self) -> int:
+        """The time-stamp counter runs at 1 GHz, so that it is guest time."""
+        return self.clock.now()
 
     def _activate(self, child: ChildInterface) -> ProxyDevice:
         proxy = ProxyDevice(
@@ -169,6 +189,8 @@ class Parts:
             slot = self._free_slot(device)
             attachment.slot = slot
             self.pci.add(Slot(slot), function, device.name, driven.handlers(), function.bars())
+        elif device.name in self.wiring.attached:
+            raise UserError(f"device '{device.name}' has the name of a part of the board")
         elif device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
         attachment.place(self.buses)
@@ -212,10 +234,13 @@ class Parts:
         self.events.interrupt()
 
     def _guest_exit(self, value: int) -> None:
+        self._guest_ends(Outcome(Ending.GUEST_EXIT, guest_value=value))
+
+    def _guest_ends(self, outcome: Outcome) -> None:
         # The CPU stops at the end of the block; what the guest still does there goes nowhere.
         for bus in self.buses.values():
             bus.mute()
-        self.vcpu.stop(Outcome(Ending.GUEST_EXIT, guest_value=value))
+        self.vcpu.stop(outcome)
 
     def _device_failed(self, failure: DeviceFailure) -> None:
         self.pci.fail(failure.device)
@@ -223,7 +248,7 @@ class Parts:
             self.vcpu.stop(Outcome(Ending.DEVICE_FAILED, str(failure), device=failure.device))
         self.request_attention()
 
-    def _pci_violation(self, owner: str, text: str) -> None:
+    def _pci_fault(self, owner: str, text: str) -> None:
         for proxy in self.proxies:
             if proxy.name == owner:
                 proxy.fail(text)
@@ -242,7 +267,7 @@ class Parts:
 
     def stateful(self) -> list[Attachment]:
         """Everything that a snapshot keeps; the platform last."""
-        return [*self.attachments, *self.platform]
+        return [*self.attachments, *self.board.attachments]
 
     def sleep_order(self) -> list[Attachment]:
         """Every device once: those on the port bus, those on the MMIO bus, those on none."""
@@ -273,6 +298,7 @@ class Parts:
                     attachment.device.wake()
             raise
         self.drain()
+        self.clock.pause()
         self.vcpu.suspended = True
 
     def resume(self) -> None:

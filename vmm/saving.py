@@ -27,6 +27,7 @@ def save(parts: Parts, path: Path) -> None:
             cpu=parts.cpu.get_state(),
             devices={each.name: each.device.snapshot() for each in parts.stateful()},
             executed=parts.cpu.executed,
+            clock=parts.clock.snapshot(),
             console=snapshots.ConsoleState(parts.console.pending),
         )
         snapshots.save(path, saved, parts.memory)
@@ -51,8 +52,9 @@ def load(parts: Parts, path: Path) -> None:
         lacks = "lacks" if name in expected else "has a state that nobody owns:"
         raise UserError(f"snapshot {path} {lacks} device '{name}'")
     parts.suspend()
-    # The platform's own devices come last: what the others say on their interrupt lines while
-    # they are restored is already part of the interrupt controllers' saved state.
+    # Time first: devices plan their alarms by it. The board's devices last: see `Board`.
+    parts.cpu.executed = saved.executed
+    parts.clock.start_at(saved.clock.now)
     for each in parts.stateful():
         each.device.restore(saved.devices[each.name])
         parts.drain()
@@ -61,5 +63,4 @@ def load(parts: Parts, path: Path) -> None:
         parts.cpu.set_state(saved.cpu)
     except (ValueError, UserError) as error:
         raise UserError(f"snapshot {path}: cpu.json: {error}") from error
-    parts.cpu.executed = saved.executed
     parts.console.feed(saved.console.pending_input)

@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import msgspec
 
 from devices.errors import UserError
+from vmm.clock import ClockState
 from vmm.config import NAME, MachineConfig
 from vmm.cpu.state import CpuState
 from vmm.memory import PAGE, GuestMemory
@@ -75,6 +76,7 @@ class Manifest:
     files: dict[str, FileInfo]
     memory: list[Extent]
     executed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
+    clock: ClockState = field(default_factory=ClockState)
     console: ConsoleState = field(default_factory=ConsoleState)
 
 
@@ -99,6 +101,7 @@ class Snapshot:
     cpu: CpuState
     devices: dict[str, Any]
     executed: int = 0
+    clock: ClockState = field(default_factory=ClockState)
     console: ConsoleState = field(default_factory=ConsoleState)
 
 
@@ -153,7 +156,13 @@ def load(path: Path, memory: GuestMemory | None = None) -> Snapshot:
     if memory is not None:
         _load_memory(path, manifest, memory)
     return Snapshot(
-        manifest.config, manifest.engine, cpu, devices, manifest.executed, manifest.console
+        manifest.config,
+        manifest.engine,
+        cpu,
+        devices,
+        manifest.executed,
+        manifest.clock,
+        manifest.console,
     )
 
 
@@ -199,7 +208,7 @@ def _check_names(where: str, manifest: Manifest) -> None:
         if extent.offset % PAGE or extent.length <= 0 or extent.offset < end:
             raise UserError(f"{where}: memory stretch at {extent.offset:#x} is out of order")
         end = extent.offset + extent.length
-    if end > manifest.config.memory:
+    if end > manifest.config.memory + manifest.config.rom:
         raise UserError(f"{where}: memory stretches end at {end:#x}, past the guest's memory")
 
 
@@ -219,10 +228,16 @@ def _write_all(work: Path, snapshot: Snapshot, memory: GuestMemory) -> None:
         relative = f"devices/{name}.json"
         files[relative] = _write_json(work / relative, state)
     extents = _write_memory(work / "memory.bin", memory)
-    files["memory.bin"] = FileInfo(memory.size, "")
+    files["memory.bin"] = FileInfo(memory.file_size, "")
     body = msgspec.json.encode(
         Manifest(
-            snapshot.config, snapshot.engine, files, extents, snapshot.executed, snapshot.console
+            snapshot.config,
+            snapshot.engine,
+            files,
+            extents,
+            snapshot.executed,
+            snapshot.clock,
+            snapshot.console,
         )
     )
     body = msgspec.json.format(body, indent=2)
@@ -248,7 +263,7 @@ def _write_memory(path: Path, memory: GuestMemory) -> list[Extent]:
     extents = []
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        os.ftruncate(fd, memory.size)
+        os.ftruncate(fd, memory.file_size)
         for begin, length in memory.extents():
             for offset in range(begin, begin + length, _CHUNK):
                 piece = memory.view[offset : min(offset + _CHUNK, begin + length)]
@@ -319,8 +334,8 @@ def _load_memory(path: Path, manifest: Manifest, memory: GuestMemory) -> None:
     try:
         with open(path / "memory.bin", "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            if size != manifest.config.memory or size != memory.size:
-                raise UserError(f"{where} has {size} bytes instead of {manifest.config.memory}")
+            if size != memory.file_size:
+                raise UserError(f"{where} has {size} bytes instead of {memory.file_size}")
             for extent in manifest.memory:
                 # Straight into guest memory, and hashed there: what is checked is what is used.
                 piece = memory.view[extent.offset : extent.offset + extent.length]

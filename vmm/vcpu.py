@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-from devices.irqchip.pic import PicPair
+from devices.irqchip.pc import IrqChip
+from vmm.clock import MachineClock
 from vmm.cpu.engine import Cpu, Stop, StopReason
 from vmm.events import EventLoop
 from vmm.outcome import Ending, Outcome
@@ -46,7 +47,8 @@ class VcpuLoop:
         self,
         cpu: Cpu,
         events: EventLoop,
-        pic: PicPair,
+        irqchip: IrqChip,
+        clock: MachineClock,
         *,
         between: Callable[[], None],
         crash_report: Callable[[], str],
@@ -57,7 +59,9 @@ class VcpuLoop:
         """Set, with a kick, by whoever wants `between` to be called soon."""
         self._cpu = cpu
         self._events = events
-        self._pic = pic
+        self._irqchip = irqchip
+        self._clock = clock
+        self._slice = UNLIMITED
         self._between = between
         self._crash_report = crash_report
         self._outcome: Outcome | None = None
@@ -93,63 +97,76 @@ class VcpuLoop:
             budget: bytes of code after which the run pauses at the next block.
             steps: exactly this many instructions (slow); overrides `budget`.
         """
-        cpu, events, pic = self._cpu, self._events, self._pic
+        cpu, events, clock = self._cpu, self._events, self._clock
         last = cpu.executed + budget
-        while True:
-            if events.poll(0.0) or self.attention:
-                self.attention = False
-                self._between()
-            if self._outcome is not None:
-                return
-            if self.suspended:
-                self._idle()
-                continue
-            slice_budget = last - cpu.executed
-            if pic.pending():
-                slice_budget = min(self._offer_interrupt(), slice_budget)
-                if self._outcome is not None:
-                    return
-            if cpu.halted:
-                if not cpu.interruptible():
-                    self.stop(Outcome(Ending.HALTED))
-                    return
-                if slice_budget <= 0 or steps == 0:
-                    self.stop(Outcome(Ending.PAUSED))
-                    return
-                if not pic.pending():
-                    self._idle()
-                continue
-            if slice_budget <= 0 or steps == 0:
-                self.stop(Outcome(Ending.PAUSED))
-                return
-            events.watch()
-            self.stats.slices += 1
-            if steps is None:
-                stop = cpu.run(slice_budget)
-            else:
-                stop = cpu.step(1)
-                steps -= 1
-            if stop.reason in (StopReason.SHUTDOWN, StopReason.ERROR):
-                self._crashed(stop)
+        clock.resume()
+        try:
+            while not self._turn_ends(last, steps):
+                if self.suspended or cpu.halted:
+                    continue
+                events.watch()
+                self.stats.slices += 1
+                if steps is None:
+                    stop = cpu.run(min(self._slice, last - cpu.executed, clock.budget_until_next()))
+                else:
+                    stop = cpu.step(1)
+                    steps -= 1
+                if stop.reason in (StopReason.SHUTDOWN, StopReason.ERROR):
+                    self._crashed(stop)
+        finally:
+            clock.pause()
 
-    def _offer_interrupt(self) -> int:
-        """Deliver the pending interrupt if the guest takes it now; the budget for what follows."""
-        cpu = self._cpu
-        if not cpu.interruptible():
-            budget = self._window
-            self._window = min(budget * 2, WINDOW_MAX)
-            return budget
+    def _turn_ends(self, last: int, steps: int | None) -> bool:
+        """All that happens between two slices; True when the run is over."""
+        cpu, irqchip = self._cpu, self._irqchip
+        if self._events.poll(0.0) or self.attention:
+            self.attention = False
+            self._between()
+        self._clock.run_due()
+        if self._outcome is not None:
+            return True
+        if self.suspended:
+            self._wait()
+            return False
+        self._slice = UNLIMITED
+        if irqchip.nmi_pending() and irqchip.take_nmi():
+            self._delivered(cpu.inject_nmi())
+        elif irqchip.pending():
+            self._offer_interrupt()
+        if self._outcome is None:
+            if cpu.executed >= last or steps == 0:
+                self.stop(Outcome(Ending.PAUSED))
+            elif cpu.halted and not irqchip.pending():
+                self._halted()
+        return self._outcome is not None
+
+    def _halted(self) -> None:
+        """Nothing to run: skip or sleep until something happens; or the guest is finished."""
+        if not self._cpu.interruptible():
+            self.stop(Outcome(Ending.HALTED))
+        elif not self._clock.skip_to_next():
+            self._wait()
+
+    def _offer_interrupt(self) -> None:
+        """Deliver the pending interrupt if the guest takes it now, or look again soon."""
+        if not self._cpu.interruptible():
+            self._slice = self._window
+            self._window = min(self._window * 2, WINDOW_MAX)
+            return
         self._window = WINDOW_FIRST
         self.stats.interrupts += 1
-        stop = cpu.inject(self._pic.acknowledge())
+        self._delivered(self._cpu.inject(self._irqchip.acknowledge()))
+        if self._irqchip.pending():
+            self._slice = WINDOW_FIRST
+
+    def _delivered(self, stop: Stop | None) -> None:
         if stop is not None:
             self._crashed(stop)
-        return WINDOW_FIRST if self._pic.pending() else UNLIMITED
 
     def _crashed(self, stop: Stop) -> None:
         self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report()))
 
-    def _idle(self) -> None:
+    def _wait(self) -> None:
         begin = perf_counter()
         self._events.poll(None)
         self.attention = True

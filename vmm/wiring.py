@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from devices.errors import DeviceFailure
-from devices.irqchip.pic import PicPair
+from devices.irqchip.pc import IrqChip
 from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
 from vmm.attachment import Attachment
@@ -34,7 +34,7 @@ class Wiring:
     device_failed: Callable[[DeviceFailure], None]
     consoles: dict[str, ConsoleBuffer] = field(default_factory=dict)
     attached: dict[str, Attachment] = field(default_factory=dict)
-    pic: PicPair | None = None
+    irqchip: IrqChip | None = None
     pci: PciRoot | None = None
     log_lines: list[tuple[str, str]] = field(default_factory=list)
     log_sink: Callable[[str, str], None] | None = None
@@ -52,20 +52,18 @@ class Wiring:
             self.isa_line(attachment.irq, level, name)
 
     def isa_line(self, irq: int, level: bool, source: str = "pci") -> None:
-        """Drive an ISA line; a line that several sources share is high while any of them is."""
+        """Drive an interrupt line; one that several sources share is high while any of them is."""
         sources = self._isa_levels.setdefault(irq, set())
         if level:
             sources.add(source)
         else:
             sources.discard(source)
-        if self.pic is not None:
-            self.pic.set_irq(irq, bool(sources))
-            if self.pic.pending():
-                self.cpu.kick()
+        if self.irqchip is not None:
+            self.irqchip.set_irq(irq, bool(sources))
 
     def msi(self, name: str, address: int, data: int) -> None:
-        # There is no local APIC yet that could take a message.
-        self.log(name, f"MSI {data:#x} to {address:#x} dropped: this machine has no local APIC")
+        if self.irqchip is not None and not self.irqchip.msi(address, data):
+            self.log(name, f"MSI {data:#x} to {address:#x}: no interrupt controller is there")
 
     def wrote_pages(self, name: str, first: int, count: int) -> None:
         self.cpu.invalidate(first << 12, count << 12)

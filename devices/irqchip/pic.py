@@ -7,7 +7,7 @@ machine's own process: the vCPU loop asks it before every slice of guest code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -38,15 +38,26 @@ class PicState:
 
 
 class PicPair(Device):
-    """Sixteen interrupt lines in, one interrupt request to the CPU out."""
+    """Sixteen interrupt lines in, one interrupt request to the CPU out.
+
+    Args:
+        on_output: called with the level of the master's INT output when that changed.
+    """
 
     model: ClassVar[str] = "pic"
     summary: ClassVar[str] = "two cascaded 8259A interrupt controllers"
     State = PicState
     state: PicState
 
-    def __init__(self, host: DeviceHost, options: Any = None) -> None:
+    def __init__(
+        self,
+        host: DeviceHost,
+        options: Any = None,
+        *,
+        on_output: Callable[[bool], None] | None = None,
+    ) -> None:
         super().__init__(host, options)
+        self._on_output = on_output
         self._master = Chip(self.state.master, _CASCADE, _MASTER_LEVEL_MASK)
         self._slave = Chip(self.state.slave, 0, _SLAVE_LEVEL_MASK)
         self._pending = False
@@ -75,7 +86,7 @@ class PicPair(Device):
             raise ValueError(f"no interrupt line {irq}: there are 0..15 without {CASCADE_IRQ}")
         if irq < 8:
             self._master.set_line(1 << irq, level)
-            self._pending = self._master.candidate() is not None
+            self._drive_output()
         else:
             self._slave.set_line(1 << irq - 8, level)
             self.update()
@@ -103,7 +114,14 @@ class PicPair(Device):
     def update(self) -> None:
         """Settle the wire from slave to master, and the output."""
         self._master.set_line(_CASCADE, self._slave.candidate() is not None)
-        self._pending = self._master.candidate() is not None
+        self._drive_output()
+
+    def _drive_output(self) -> None:
+        pending = self._master.candidate() is not None
+        if pending != self._pending:
+            self._pending = pending
+            if self._on_output is not None:
+                self._on_output(pending)
 
     def drop_cascade(self) -> None:
         """A poll of the slave acknowledges as INTA does; see `acknowledge`."""

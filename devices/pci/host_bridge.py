@@ -8,6 +8,8 @@ Ports 0xCF8..0xCFF:
   address ... must be passed through"); a shorter one is nobody's.
 - CONFIG_DATA, 0xCFC..0xCFF: 1, 2 or 4 bytes at any byte lane, as long as they stay in the dword,
   while the enable bit is set; otherwise, again, it is nobody's.
+- 0xCF9, one byte: the reset control register of the board, if it has one; chip sets put it there,
+  where no access of the mechanism can go.
 - An access that straddles 0xCFB/0xCFC or leaves 0xCFF is nobody's: a processor would split it in
   two cycles, and no software that means the bridge does that.
 
@@ -38,6 +40,8 @@ from devices.pci.registers import DWORD
 from devices.pci.resources import assign
 
 CONFIG_ADDRESS = 0xCF8
+RESET_CONTROL = 1
+"""The offset of port 0xCF9 from it."""
 ENABLE = 1 << 31
 ADDRESS_BITS = ENABLE | 0x00FF_FFFC
 """The bits of CONFIG_ADDRESS that keep what is written; the others are reserved and zero."""
@@ -56,13 +60,20 @@ class HostBridge(PciFunction):
     """The bridge's own function, 00:00.0: class 06 00, no BARs, no interrupt.
 
     Vendor 0x1234 as in `devices.pci.config_space`: it is no chipset that a driver could know.
+    The subsystem ids tell SeaBIOS that the board has fw_cfg (src/fw/paravirt.c, qemu_detect).
     """
 
     model: ClassVar[str] = "pci-host-bridge"
     summary: ClassVar[str] = "the function of the PCI root itself"
 
     def header(self) -> Header:
-        return Header(0x1234, 0x0600, class_code=0x060000)
+        return Header(
+            0x1234,
+            0x0600,
+            class_code=0x060000,
+            subsystem_vendor_id=0x1AF4,
+            subsystem_id=0x1100,
+        )
 
 
 @dataclass
@@ -91,6 +102,7 @@ class PciRoot(Device):
             call `fail` or `remove`. The access goes on in any case.
         on_removed: told (owner, slot) when a device unplugged one of its functions.
         irqs: the interrupts of PIRQ A to D.
+        reset_control: gets the byte accesses to port 0xCF9, at offset 0.
     """
 
     model: ClassVar[str] = "pci-root"
@@ -108,8 +120,10 @@ class PciRoot(Device):
         on_violation: Callable[[str, str], None],
         on_removed: Callable[[str, Slot], None] | None = None,
         irqs: Sequence[int] = PIRQ_IRQS,
+        reset_control: BusDevice | None = None,
     ) -> None:
         super().__init__(host)
+        self._reset_control = reset_control
         self.unclaimed_reads = 0
         self.unclaimed_writes = 0
         self._mmio, self._io = mmio, io
@@ -224,6 +238,8 @@ class PciRoot(Device):
                 return value >> 8 * lane & ALL_ONES[size]
         elif offset == 0 and size == 4:
             return address
+        elif offset == RESET_CONTROL and size == 1 and self._reset_control is not None:
+            return self._reset_control.read(0, 1)
         self.unclaimed_reads += 1
         return ALL_ONES[size]
 
@@ -237,6 +253,9 @@ class PciRoot(Device):
                 return
         elif offset == 0 and size == 4:
             self.state.address = value & ADDRESS_BITS
+            return
+        elif offset == RESET_CONTROL and size == 1 and self._reset_control is not None:
+            self._reset_control.write(0, 1, value)
             return
         self.unclaimed_writes += 1
 

@@ -18,11 +18,12 @@ import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from devices.errors import UserError
 from vmm.boot import entry
-from vmm.boot.options import BootOptions, BootResult, Mode
+from vmm.boot.options import BootResult, Mode
 from vmm.boot.placement import Placement, span
 from vmm.memory import GuestMemory
 
@@ -40,6 +41,8 @@ _MAX_COUNT = 0xFEFF
 """From here up, header counts are stored elsewhere (PN_XNUM, SHN_LORESERVE)."""
 _STT_FUNC, _STT_NOTYPE, _STT_OBJECT = 2, 0, 1
 _SHF_COMPRESSED = 1 << 11
+_MAX_NOTES = 1000
+_NOTE = struct.Struct("<III")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,14 @@ class LoadSegment:
         return f"segment {self.index}"
 
 
+class Note(NamedTuple):
+    """An entry of a PT_NOTE segment."""
+
+    owner: str
+    kind: int
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Executable:
     """What is needed to load an ELF file.
@@ -65,11 +76,13 @@ class Executable:
         bits: 32 or 64, its class.
         entry: the guest-physical address of its first instruction.
         segments: those with a memory size above zero.
+        notes: of the PT_NOTE segments, as far as they can be read.
     """
 
     bits: int
     entry: int
     segments: tuple[LoadSegment, ...]
+    notes: tuple[Note, ...] = ()
 
     def place(self, image: bytes, placement: Placement) -> None:
         """Copy the segments to guest RAM and zero what lies past their file contents.
@@ -83,13 +96,12 @@ class Executable:
             placement.fill(str(segment), segment.paddr, data, segment.memory_size)
 
 
-def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
-    """Load an ELF executable; see `entry` for the CPU's state.
+def load(memory: GuestMemory, image: bytes, executable: Executable) -> BootResult:
+    """Load an ELF executable, parsed already; see `entry` for the CPU's state.
 
     Raises:
         UserError: what is wrong with it, and where.
     """
-    executable = parse(image)
     mode = Mode(executable.bits)
     placement = Placement(memory)
     entry.prepare(placement, mode)
@@ -115,6 +127,7 @@ def parse(image: bytes) -> Executable:
     if kind not in ("ET_EXEC", "ET_DYN"):
         raise UserError(f"an ELF file of type {kind}, which is not an executable")
     segments = []
+    notes: list[Note] = []
     for index, header in enumerate(headers):
         if header["p_type"] == "PT_INTERP":
             raise UserError(
@@ -123,9 +136,13 @@ def parse(image: bytes) -> Executable:
             )
         if header["p_type"] == "PT_LOAD" and header["p_memsz"]:
             segments.append(_segment(index, header, len(image)))
+        if header["p_type"] == "PT_NOTE":
+            found = _notes(image, header["p_offset"], header["p_filesz"])
+            notes += islice(found, _MAX_NOTES - len(notes))
     if not segments:
         raise UserError("an ELF file with nothing to load: it has no PT_LOAD segment")
-    return Executable(bits, _physical_entry(elf["e_entry"], segments), tuple(segments))
+    start = _physical_entry(elf["e_entry"], segments)
+    return Executable(bits, start, tuple(segments), tuple(notes))
 
 
 def symbols(image: bytes) -> list[tuple[int, int, str]]:
@@ -209,6 +226,20 @@ def _segment(index: int, header: Any, file_end: int) -> LoadSegment:
         )
     # An offset counts for nothing when there are no bytes behind it.
     return segment if segment.file_size else replace(segment, offset=0)
+
+
+def _notes(image: bytes, offset: int, size: int) -> Iterator[Note]:
+    """The notes of a segment up to the first that leads out of it."""
+    end = min(offset + size, len(image))
+    while offset + _NOTE.size <= end:
+        name_size, data_size, kind = _NOTE.unpack_from(image, offset)
+        name_at = offset + _NOTE.size
+        data_at = name_at + name_size + -name_size % 4
+        if data_at + data_size > end:
+            return
+        name = image[name_at : name_at + name_size].rstrip(b"\0").decode("utf-8", "replace")
+        yield Note(name, kind, image[data_at : data_at + data_size])
+        offset = data_at + data_size + -data_size % 4
 
 
 def _physical_entry(address: int, segments: list[LoadSegment]) -> int:

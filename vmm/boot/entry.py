@@ -26,6 +26,7 @@ descriptors), 4.5 (4-level paging), 10.1.1 (reset).
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from devices.errors import UserError
 from vmm.boot.options import Mode
@@ -38,10 +39,6 @@ PAGE_TABLES = 0x2000
 STACK_TOP = 0x90000
 STACK_SIZE = 0x10000
 
-CODE32_SELECTOR = 0x08
-DATA_SELECTOR = 0x10
-CODE64_SELECTOR = 0x18
-
 CR0_PE, CR0_MP, CR0_ET, CR0_NE, CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
 CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 1 << 5, 1 << 9, 1 << 10
 EFER_LME, EFER_LMA = 1 << 8, 1 << 10
@@ -52,20 +49,49 @@ LARGE_PAGE = 2 << 20
 _RSP = 4
 
 
-def prepare(placement: Placement, mode: Mode) -> None:
+@dataclass(frozen=True, slots=True)
+class Gdt:
+    """A table of flat segments.
+
+    Attributes:
+        kinds: the attributes of each descriptor (see `Segment.attributes`); 0: absent.
+        code, data: the selectors that a guest starts with.
+        code_kind: the attributes of the code segment.
+    """
+
+    kinds: tuple[int, ...]
+    code: int
+    data: int
+
+    @property
+    def code_kind(self) -> int:
+        return self.kinds[self.code >> 3]
+
+    def pack(self) -> bytes:
+        return struct.pack(
+            f"<{len(self.kinds)}Q", *(_descriptor(kind) if kind else 0 for kind in self.kinds)
+        )
+
+
+_KINDS = (0, CODE32, DATA32, CODE64)
+GDTS = {Mode.PROTECTED: Gdt(_KINDS, 0x08, 0x10), Mode.LONG: Gdt(_KINDS, 0x18, 0x10)}
+"""The table for each mode, unless a protocol wants another."""
+
+
+def prepare(placement: Placement, mode: Mode, gdt: Gdt | None = None) -> None:
     """Put GDT, stack and, for long mode, page tables into guest RAM.
 
     Raises:
         UserError: something else lies there already.
     """
-    placement.fill("the boot GDT", GDT_ADDRESS, _gdt())
+    placement.fill("the boot GDT", GDT_ADDRESS, (gdt or GDTS[mode]).pack())
     placement.claim("the boot stack", STACK_TOP - STACK_SIZE, STACK_SIZE)
     if mode is Mode.LONG:
-        tables = _identity_tables(max(region.end for region in placement.memory.regions))
+        tables = _identity_tables(max(region.end for region in placement.memory.ram))
         placement.fill("the boot page tables", PAGE_TABLES, tables)
 
 
-def state(mode: Mode, entry: int) -> CpuState:
+def state(mode: Mode, entry: int, gdt: Gdt | None = None) -> CpuState:
     """The registers with which a guest starts at guest-physical address `entry`.
 
     Raises:
@@ -73,22 +99,21 @@ def state(mode: Mode, entry: int) -> CpuState:
     """
     if mode is Mode.PROTECTED and entry >> 32:
         raise UserError(f"the entry at {entry:#x} is out of reach of 32-bit mode")
-    data = flat_segment(DATA_SELECTOR, DATA32)
+    table = gdt or GDTS[mode]
     cpu = CpuState(
         rip=entry,
-        cs=flat_segment(CODE32_SELECTOR, CODE32),
-        ss=data,
-        ds=flat_segment(DATA_SELECTOR, DATA32),
-        es=flat_segment(DATA_SELECTOR, DATA32),
-        fs=flat_segment(DATA_SELECTOR, DATA32),
-        gs=flat_segment(DATA_SELECTOR, DATA32),
-        gdtr=DescriptorTable(GDT_ADDRESS, len(_gdt()) - 1),
+        cs=flat_segment(table.code, table.code_kind),
+        ss=flat_segment(table.data, DATA32),
+        ds=flat_segment(table.data, DATA32),
+        es=flat_segment(table.data, DATA32),
+        fs=flat_segment(table.data, DATA32),
+        gs=flat_segment(table.data, DATA32),
+        gdtr=DescriptorTable(GDT_ADDRESS, 8 * len(table.kinds) - 1),
         idtr=DescriptorTable(0, 0),
         cr0=CR0_PE | CR0_ET | CR0_NE,
     )
     cpu.gpr[_RSP] = STACK_TOP
     if mode is Mode.LONG:
-        cpu.cs = flat_segment(CODE64_SELECTOR, CODE64)
         cpu.cr0 |= CR0_PG | CR0_MP
         cpu.cr3 = PAGE_TABLES
         cpu.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT
@@ -99,10 +124,6 @@ def state(mode: Mode, entry: int) -> CpuState:
 def _descriptor(attributes: int) -> int:
     """A descriptor with base 0 and limit 0xFFFFF; `attributes` as in `Segment.attributes`."""
     return (attributes | 0xF0000) << 32 | 0xFFFF
-
-
-def _gdt() -> bytes:
-    return struct.pack("<4Q", 0, *(_descriptor(kind) for kind in (CODE32, DATA32, CODE64)))
 
 
 def _identity_tables(ram_end: int) -> bytes:

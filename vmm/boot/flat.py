@@ -1,9 +1,12 @@
-"""Flat binaries: bytes that go to one address and start at their first byte."""
+"""Flat binaries: bytes that go to one address and start at their first byte.
+
+Those in 16-bit mode are `real`'s.
+"""
 
 from __future__ import annotations
 
 from devices.errors import UserError
-from vmm.boot import entry
+from vmm.boot import entry, real
 from vmm.boot.options import BootOptions, BootResult, Mode
 from vmm.boot.placement import Placement
 from vmm.memory import GuestMemory
@@ -20,7 +23,9 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
     try:
         mode = Mode.PROTECTED if options.mode is None else Mode(options.mode)
     except ValueError:
-        raise UserError(f"there is no CPU mode {options.mode}; 32 and 64 are known") from None
+        raise UserError(f"there is no CPU mode {options.mode}; 16, 32 and 64 are known") from None
+    if mode is Mode.REAL:
+        return real.load(memory, image, options)
     address = DEFAULT_LOAD_ADDRESS if options.load_addr is None else options.load_addr
     placement = Placement(memory)
     entry.prepare(placement, mode)

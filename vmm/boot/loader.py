@@ -1,9 +1,10 @@
 """Find out what an image is, and load it.
 
-In this order: Multiboot 1 (its header wins over ELF, as with other loaders), ELF, flat binary.
-Anything can be a flat binary, so an image that plainly is something else (a Linux bzImage, a
-compressed file, a damaged or newer Multiboot kernel) is taken for one only if the user gave it a
-load address.
+In this order: Linux bzImage, Multiboot 1 (its header wins over ELF, as with other loaders), ELF (by
+its PVH note, as a Linux kernel, or as it is), boot sector, flat binary. Anything can be a flat
+binary, so an image that plainly is something else (a compressed file, a damaged or newer Multiboot
+kernel) is taken for one only if the user gave it a load address. Firmware is not told from its
+bytes: see `firmware.load`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import struct
 
 from devices.errors import UserError
-from vmm.boot import elf, flat, multiboot
-from vmm.boot.options import BootOptions, BootResult
+from vmm.boot import bzimage, elf, flat, linux, multiboot, pvh, real
+from vmm.boot.options import BootOptions, BootResult, KernelEntry
 from vmm.memory import GuestMemory
 
 _COMPRESSED = {
@@ -42,20 +43,49 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
 def _load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
     if not image:
         raise UserError("the file is empty")
+    if options.rsdp is not None and not 0 <= options.rsdp < 1 << 64:
+        raise UserError(f"the ACPI root pointer cannot be at {options.rsdp:#x}")
+    flat_wanted = options.load_addr is not None or options.mode is not None
+    if bzimage.is_bzimage(image) and not flat_wanted:
+        if options.kernel_entry is not KernelEntry.PVH:
+            _refuse_modules(options, "a Linux kernel")
+        return linux.load(memory, image, options)
     header = multiboot.find_header(image)
     if header is not None:
         _refuse_flat_options(options, "a Multiboot kernel")
+        _refuse_kernel_entry(options, "a Multiboot kernel")
         return multiboot.load(memory, image, options, header)
     if image.startswith(elf.MAGIC):
         _refuse_flat_options(options, "an ELF file")
-        _refuse_multiboot_options(options, "an ELF file")
         if _is_multiboot2(image):
             raise UserError("a Multiboot 2 kernel; only Multiboot 1 is supported")
-        return elf.load(memory, image, options)
+        return _load_elf(memory, image, options)
     if options.load_addr is None:
         _refuse_what_is_not_flat(image)
-    _refuse_multiboot_options(options, "a flat binary")
+    boot_sector = not flat_wanted and real.is_boot_sector(image)
+    kind = "a boot sector" if boot_sector else "a flat binary"
+    _refuse_kernel_options(options, kind)
+    _refuse_kernel_entry(options, kind)
+    if boot_sector:
+        return real.load_boot_sector(memory, image)
     return flat.load(memory, image, options)
+
+
+def _load_elf(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
+    executable = elf.parse(image)
+    wanted = options.kernel_entry
+    if wanted is KernelEntry.AUTO and pvh.entry_point(executable) is not None:
+        wanted = KernelEntry.PVH
+    if wanted is KernelEntry.PVH:
+        return pvh.load(memory, image, executable, options)
+    if wanted is KernelEntry.VMLINUX or linux.is_linux(image, executable):
+        if wanted in (KernelEntry.BZIMAGE, KernelEntry.BZIMAGE32):
+            raise UserError("an ELF file, which has no entry of a bzImage")
+        _refuse_modules(options, "a Linux kernel")
+        return linux.load_vmlinux(memory, image, executable, options)
+    _refuse_kernel_entry(options, "an ELF file that is no Linux kernel")
+    _refuse_kernel_options(options, "an ELF file that is no Linux, PVH or Multiboot kernel")
+    return elf.load(memory, image, executable)
 
 
 def _refuse_flat_options(options: BootOptions, kind: str) -> None:
@@ -65,20 +95,27 @@ def _refuse_flat_options(options: BootOptions, kind: str) -> None:
         raise UserError(f"{kind} names its own CPU mode; --mode is for flat binaries")
 
 
-def _refuse_multiboot_options(options: BootOptions, kind: str) -> None:
-    if options.modules:
-        raise UserError(f"{kind} takes no modules; only a Multiboot kernel does")
+def _refuse_kernel_options(options: BootOptions, kind: str) -> None:
+    _refuse_modules(options, kind)
+    if options.initrd is not None:
+        raise UserError(f"{kind} takes no initrd; only Linux, PVH and Multiboot kernels do")
     if options.cmdline:
-        raise UserError(f"{kind} takes no command line; only a Multiboot kernel does")
+        raise UserError(f"{kind} takes no command line; only Linux, PVH and Multiboot kernels do")
+
+
+def _refuse_modules(options: BootOptions, kind: str) -> None:
+    if options.modules:
+        raise UserError(f"{kind} takes no modules; only Multiboot and PVH kernels do")
+
+
+def _refuse_kernel_entry(options: BootOptions, kind: str) -> None:
+    if options.kernel_entry is not KernelEntry.AUTO:
+        raise UserError(f"{kind} has one entry; --kernel-entry is for Linux and PVH kernels")
 
 
 def _refuse_what_is_not_flat(image: bytes) -> None:
     """Refuse what would only crash as a flat binary, unless the user insists."""
     insist = "give --load-addr to load it as a flat binary all the same"
-    if image[0x1FE:0x200] == b"\x55\xaa" and image[0x202:0x206] == b"HdrS":
-        raise UserError(
-            "a Linux bzImage (HdrS at offset 0x202), which is not supported yet; " + insist
-        )
     for magic, (name, tool) in _COMPRESSED.items():
         if image.startswith(magic):
             raise UserError(f"compressed with {name}; run {tool} on it first, or {insist}")

@@ -101,7 +101,8 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions, header: Header
             "16) and the file is not ELF, so nothing says where to load it"
         )
     state = entry.state(Mode.PROTECTED, start)
-    modules = multiboot_info.place_modules(placement, options.modules, kernel_end)
+    given = options.modules if options.initrd is None else (options.initrd, *options.modules)
+    modules = multiboot_info.place_modules(placement, given, kernel_end)
     state.gpr[_EAX] = LOADER_MAGIC
     state.gpr[_EBX] = multiboot_info.place(placement, options.cmdline, modules)
     notes = []

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from devices.errors import UserError
 from vmm.boot.options import Module
 from vmm.boot.placement import MIB, Placement
+from vmm.boot.text import c_string
 from vmm.memory import GuestMemory
 
 INFO_ADDRESS = 0x50000
@@ -50,14 +51,14 @@ class PlacedModule:
 
 def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
     """(start, length, type) of the machine's physical address space."""
-    low = memory.regions[0]
+    low = memory.ram[0]
     entries = [
         (0, LOW_MEMORY_END, AVAILABLE),
         (LOW_MEMORY_END, MIB - LOW_MEMORY_END, RESERVED),
     ]
     if low.end > MIB:
         entries.append((MIB, low.end - MIB, AVAILABLE))
-    entries += [(high.start, high.size, AVAILABLE) for high in memory.regions[1:]]
+    entries += [(high.start, high.size, AVAILABLE) for high in memory.ram[1:]]
     return entries
 
 
@@ -104,7 +105,7 @@ def place(placement: Placement, cmdline: str, modules: Sequence[PlacedModule]) -
 
     def text_address(what: str, text: str) -> int:
         address = texts_at + len(texts)
-        texts.extend(_text(what, text))
+        texts.extend(c_string(what, text))
         return address
 
     module_bytes = b"".join(
@@ -127,13 +128,3 @@ def place(placement: Placement, cmdline: str, modules: Sequence[PlacedModule]) -
         )
     placement.fill("the Multiboot information", INFO_ADDRESS, info)
     return INFO_ADDRESS
-
-
-def _text(what: str, text: str) -> bytes:
-    try:
-        encoded = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} is not text: {error.reason}") from error
-    if b"\0" in encoded:
-        raise UserError(f"{what} holds a NUL character, where the guest would take it to end")
-    return encoded + b"\0"

@@ -4,7 +4,9 @@ Fixed places below 640 KiB, claimed only by the protocols that need them:
 
     0x01000  GDT (`entry`)
     0x02000  page tables of long mode (`entry`); 24 KiB, and 4 KiB for each GiB above 4 GiB
-    0x50000  Multiboot information structure and its texts (`multiboot_info`), at most 192 KiB
+    0x50000  what the protocol passes, at most 192 KiB: the Multiboot information structure and its
+             texts (`multiboot_info`), Linux's boot parameters and command line (`boot_params`), or
+             the PVH start information (`pvh`)
     0x80000  the first stack (`entry`), 64 KiB, growing down from 0x90000
 
 A guest may reuse all of it once it has its own GDT, page tables and stack.
@@ -49,7 +51,7 @@ class Placement:
     @property
     def low(self) -> RamRegion:
         """The RAM that starts at address zero."""
-        return self.memory.regions[0]
+        return self.memory.ram[0]
 
     def claim(self, what: str, start: int, size: int) -> None:
         """Take ``start .. start + size`` for `what`; nothing happens when `size` is zero.
@@ -59,8 +61,8 @@ class Placement:
         """
         if size == 0:
             return
-        if not any(ram.start <= start and start + size <= ram.end for ram in self.memory.regions):
-            ranges = " and ".join(span(ram.start, ram.size) for ram in self.memory.regions)
+        if not any(ram.start <= start and start + size <= ram.end for ram in self.memory.ram):
+            ranges = " and ".join(span(ram.start, ram.size) for ram in self.memory.ram)
             raise UserError(f"{what} at {span(start, size)} lies outside RAM ({ranges})")
         # Claims are disjoint and sorted: only the one before and the one behind can be in the way.
         index = bisect_right(self._starts, start)
@@ -94,9 +96,19 @@ class Placement:
                 place = -(-taken.end // PAGE) * PAGE
         return place if place + size <= self.low.end else None
 
+    def find_below(self, size: int, limit: int) -> int | None:
+        """The highest free page-aligned room for `size` bytes in low RAM that ends at `limit`."""
+        place = (min(limit, self.low.end) - size) // PAGE * PAGE
+        for taken in reversed(self._claims):
+            if place >= taken.end:
+                break
+            if place + size > taken.start:
+                place = (taken.start - size) // PAGE * PAGE
+        return place if place >= 0 else None
+
     def _zero(self, start: int, size: int) -> None:
         # Pages that nobody touched are zero already: writing them would make RAM less sparse.
-        for ram in self.memory.regions:
+        for ram in self.memory.ram:
             if not ram.start <= start < ram.end:
                 continue
             first = start - ram.start + ram.offset

@@ -54,10 +54,23 @@ def add_boot(commands: Any) -> None:
     image.add_argument(
         "--mode",
         type=int,
-        choices=(32, 64),
-        help="CPU mode of a flat binary: 32-bit protected or 64-bit long mode (default: 32)",
+        choices=(16, 32, 64),
+        help="CPU mode of a flat binary: real, 32-bit protected or 64-bit long mode (default: 32)",
     )
-    image.add_argument("--append", metavar="TEXT", default="", help="command line (Multiboot)")
+    image.add_argument("--append", metavar="TEXT", default="", help="the kernel's command line")
+    image.add_argument("--initrd", metavar="FILE", help="initial RAM disk (Linux)")
+    image.add_argument(
+        "--kernel-entry",
+        choices=("auto", "vmlinux", "bzimage", "bzimage32", "pvh"),
+        default="auto",
+        help="how a Linux kernel is entered (default: auto, the fastest that will do)",
+    )
+    image.add_argument(
+        "--clock",
+        choices=("real", "virtual"),
+        default="real",
+        help="virtual: time follows the executed code, and the same start gives the same run",
+    )
     image.add_argument(
         "--module",
         metavar="FILE[,TEXT]",

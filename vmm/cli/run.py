@@ -14,8 +14,9 @@ from typing import Any
 
 from devices.errors import DeviceError, UserError
 from proxy.jail import JailMode
-from vmm.boot.options import BootOptions, Mode, Module
+from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
 from vmm.config import (
+    ClockKind,
     FailurePolicy,
     HostOptions,
     MachineConfig,
@@ -42,11 +43,13 @@ def boot(args: argparse.Namespace) -> int:
         cmdline=args.append,
         modules=tuple(_read_module(text) for text in args.module),
         name=name,
+        initrd=None if args.initrd is None else _read_module(args.initrd),
+        kernel_entry=KernelEntry(args.kernel_entry),
     )
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
     for text in args.device:
         devices.append(parse_device(text, [device.name for device in devices]))
-    config = MachineConfig(parse_size(args.mem), tuple(devices))
+    config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock))
     with Machine(config, host=_host_options(args)) as machine:
         if isinstance(image, str):
             machine.boot(image, _unless_default(options, name))

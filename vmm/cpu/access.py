@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from devices.bus import ALL_ONES, Bus
+from vmm.cpu.context import Context
 from vmm.cpu.library import (
     REG,
+    CpuidCallback,
     Engine,
     InCallback,
     MmioReadCallback,
@@ -53,6 +55,24 @@ def install_io(
         if start < first:
             engine.map_io(start, first - start, *_window(start, mmio, fail))
         start = last
+
+
+def install_tsc(engine: Engine, context: Context, tsc: Callable[[], int], fail: Fail) -> None:
+    """Answer RDTSC with `tsc` (64 bits, never going back); the library does the privilege check."""
+    save, restore, longs = context.save, context.restore, context.longs
+    rax, rdx = context.at.gpr, context.at.gpr + 2
+
+    def on_rdtsc(_engine: int, _data: int) -> int:
+        try:
+            save()
+            ticks = tsc()
+            longs[rax], longs[rdx] = ticks & 0xFFFF_FFFF, ticks >> 32 & 0xFFFF_FFFF
+            restore()
+        except BaseException as failure:
+            fail(failure)
+        return 1
+
+    engine.hook_instruction(REG.UC_X86_INS_RDTSC, CpuidCallback(on_rdtsc))
 
 
 def _window(base: int, mmio: Bus, fail: Fail) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
 """What CPUID tells the guest: exactly what this CPU can do.
 
-The engine's own answer advertises an APIC that does not exist and hides that this is a virtual
-machine, so every leaf is answered from this table. Left out although the engine or real CPUs of
-this model have them: APIC, AVX and XSAVE (state incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP,
+The engine's own answer hides that this is a virtual machine and advertises what it has not, so
+every leaf is answered from this table. Left out although the engine or real CPUs of this model
+have them: x2APIC and the TSC deadline (their MSRs cannot be trapped), AVX and XSAVE (state incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP,
 SMAP, PCID, and performance counters.
 
 Sources: Intel SDM volume 2A, "CPUID"; for the hypervisor leaves, the Linux kernel's
@@ -28,7 +28,7 @@ _FEATURES_ECX = sum(
 _FEATURES_EDX = sum(
     1 << bit
     for bit in (
-        *(0, 2, 3, 4, 5, 6, 7, 8),  # FPU, DE, PSE, TSC, MSR, PAE, MCE, CX8
+        *(0, 2, 3, 4, 5, 6, 7, 8, 9),  # FPU, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC
         *(11, 12, 13, 14, 15, 16, 17),  # SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36
         *(19, 23, 24, 25, 26),  # CLFLUSH, MMX, FXSR, SSE, SSE2
     )
@@ -58,8 +58,9 @@ def _brand() -> dict[int, Leaf]:
 HIGHEST_BASIC = 7
 TABLE: dict[int, Leaf] = {
     0: _vendor(HIGHEST_BASIC, b"GenuineIntel"),
-    # Family 6 model 44 (Westmere) stepping 1; CLFLUSH line of 8 * 8 bytes.
-    1: (0x0002_06C1, 8 << 8, _FEATURES_ECX, _FEATURES_EDX),
+    # Family 6 model 44 (Westmere) stepping 1; one CPU with APIC id 0, CLFLUSH line of
+    # 8 * 8 bytes.
+    1: (0x0002_06C1, 1 << 16 | 8 << 8, _FEATURES_ECX, _FEATURES_EDX),
     0x4000_0000: (0x4000_0000, *_text(HYPERVISOR_NAME)),  # type: ignore[dict-item]
     0x8000_0000: (0x8000_0008, 0, 0, 0),
     0x8000_0001: (0, 0, _EXTENDED_ECX, _EXTENDED_EDX),

@@ -19,7 +19,7 @@ from typing import Any
 from devices.bus import Bus
 from vmm.cpu import cpuid
 from vmm.cpu.accelerator import accelerate, available
-from vmm.cpu.access import install_io
+from vmm.cpu.access import install_io, install_tsc
 from vmm.cpu.budget import NO_LIMIT, Budget
 from vmm.cpu.context import F_IF, Context
 from vmm.cpu.delivery import (
@@ -60,6 +60,10 @@ EXCEPTION_COST = 64
 STEP_COST = 4
 """What `Cpu.step` adds to the virtual clock for each instruction."""
 
+NMI = 2
+"""The vector of the non-maskable interrupt."""
+A20_OPEN = 0xFFFF_FFFF
+
 _STEP_LIMIT = 64 * EXCEPTION_COST
 """Ends a step of an instruction that can never be fetched; more than any block has bytes."""
 
@@ -77,12 +81,21 @@ class Cpu:
         ports: answers IN and OUT.
         mmio: answers every physical address that is not RAM, up to 2**40.
         native: False forces the slow portable block hook and leaves the accelerator off.
+        tsc: the time-stamp counter; None leaves RDTSC to the engine, which reads the host's.
 
     Raises:
         CalibrationError: this build of the library cannot be used.
     """
 
-    def __init__(self, memory: GuestMemory, ports: Bus, mmio: Bus, *, native: bool = True) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        ports: Bus,
+        mmio: Bus,
+        *,
+        native: bool = True,
+        tsc: Callable[[], int] | None = None,
+    ) -> None:
         self.halted = False
         self._kicked = False
         self._requested = False
@@ -103,6 +116,8 @@ class Cpu:
         self._registers = Registers(context, self._budget)
         install_io(engine, self._regions, ports, mmio, self._fail)
         self._install_traps()
+        if tsc is not None:
+            install_tsc(engine, context, tsc, self._fail)
         self._accelerated = native and available()
         accelerate(engine, self._accelerated)
         self.set_state(CpuState())
@@ -247,6 +262,18 @@ class Cpu:
         self.halted = False
         self._deliver(vector, None, Source.EXTERNAL)
         return self._final
+
+    def inject_nmi(self) -> Stop | None:
+        """Enter the handler of a non-maskable interrupt and wake from HLT; only between runs."""
+        return self.inject(NMI)
+
+    def set_a20(self, is_open: bool) -> None:
+        """Open or close the A20 gate: closed, address bit 20 is always 0. Also in bus callbacks."""
+        context = self._context
+        context.save()
+        context.words[context.at.a20_w] = A20_OPEN if is_open else A20_OPEN & ~(1 << 20)
+        context.restore()
+        self._engine.flush_tlb()
 
     def _deliver(self, vector: int, code: int | None, source: Source, note: str = "") -> bool:
         """Deliver into the saved context and load it; True when the run must end."""

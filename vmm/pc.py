@@ -1,0 +1,120 @@
+"""The board of a PC: what lives in the machine's process and is not chosen by the user.
+
+Interrupt controllers, timers, the PCI root, power and reset, and the ports that every PC program
+pokes. Each is an ordinary `Device` with state; here they get their wires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from devices.bus import Bus, BusType
+from devices.clock import Clock
+from devices.contract import Device
+from devices.irqchip.pc import IrqChip
+from devices.pci.host_bridge import PciRoot
+from devices.platform.a20 import A20Gate
+from devices.platform.acpi_pm import AcpiPm
+from devices.platform.debug_console import DebugConsole
+from devices.platform.hpet import Hpet
+from devices.platform.i8042 import I8042
+from devices.platform.pit import Pit
+from devices.platform.port92 import Port92
+from devices.platform.post import PostPort
+from devices.platform.reset import ResetControl
+from devices.platform.rtc import Rtc
+from devices.platform.vga_text import VgaText
+from vmm.attachment import Attachment, LocalHost
+from vmm.config import DeviceConfig
+from vmm.memory import GuestMemory
+from vmm.wiring import Wiring
+
+DEBUG_CONSOLE = "debug-console"
+PM_TIMER_BITS = 32
+
+
+@dataclass(frozen=True)
+class BoardEvents:
+    """What the board does to the machine; all called in the middle of an access.
+
+    Attributes:
+        power_off: the guest switched itself off.
+        reset: the guest asked for a reset.
+        interrupt: an interrupt or NMI begins to wait for the CPU.
+        a20: the A20 gate was opened or closed.
+        pci_fault: (owner, text): a PCI device said what the guest did not ask for.
+    """
+
+    power_off: Callable[[], None]
+    reset: Callable[[], None]
+    interrupt: Callable[[], None]
+    a20: Callable[[bool], None]
+    pci_fault: Callable[[str, str], None]
+
+
+class Board:
+    """Builds and connects everything; the devices are on the buses afterwards.
+
+    Args:
+        epoch: the time of day at guest time 0, in seconds since 1970 (UTC).
+    """
+
+    def __init__(
+        self,
+        buses: Mapping[BusType, Bus],
+        memory: GuestMemory,
+        clock: Clock,
+        *,
+        wiring: Wiring,
+        events: BoardEvents,
+        epoch: int,
+    ) -> None:
+        def host(name: str) -> LocalHost:
+            return LocalHost(name, wiring, {})
+
+        self.irqchip = IrqChip(
+            host("irqchip"), clock, on_pending=events.interrupt, on_init=events.reset
+        )
+        gate = A20Gate(events.a20)
+        reset_control = ResetControl(host("reset"), reset=events.reset)
+        self.pci = PciRoot(
+            host("pci"),
+            buses[BusType.MMIO],
+            buses[BusType.PIO],
+            set_irq_line=wiring.isa_line,
+            on_violation=events.pci_fault,
+            reset_control=reset_control,
+        )
+        self.screen = VgaText(host("screen"))
+        low = memory.ram[0].size
+        pic, ioapic, lapic = self.irqchip.devices()
+        devices: dict[str, Device] = {
+            "pci": self.pci,
+            "reset": reset_control,
+            "pit": Pit(host("pit"), clock),
+            "rtc": Rtc(
+                host("rtc"), clock, epoch=epoch, low_memory=low, high_memory=memory.size - low
+            ),
+            "hpet": Hpet(
+                host("hpet"), clock, lambda line, level: wiring.isa_line(line, level, "hpet")
+            ),
+            "acpi-pm": AcpiPm(host("acpi-pm"), clock, events.power_off, timer_bits=PM_TIMER_BITS),
+            "i8042": I8042(host("i8042"), gate=gate, reset=events.reset),
+            "port92": Port92(host("port92"), gate=gate, reset=events.reset),
+            "post": PostPort(host("post")),
+            DEBUG_CONSOLE: DebugConsole(host(DEBUG_CONSOLE)),
+            "screen": self.screen,
+            # Last: what the others say on their lines while they are restored is already part of
+            # the interrupt controllers' saved state.
+            "pic": pic,
+            "ioapic": ioapic,
+            "lapic": lapic,
+        }
+        self.attachments = [
+            Attachment(DeviceConfig(name, device.model, isolated=False), device)
+            for name, device in devices.items()
+        ]
+        for attachment in self.attachments:
+            attachment.place(buses)
+            wiring.attached[attachment.name] = attachment
