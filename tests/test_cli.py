@@ -219,7 +219,7 @@ def test_snapshot_at_the_end(tmp_path: Path) -> None:
         (["boot", "hello", "--mem", "lots"], "'lots' is not a size"),
         (["boot", "hello", "--mem", "12345"], "memory"),
         (["boot", "hello", "--load-addr", "0x100000000000"], "0x100000000000"),
-        (["boot", "hello", "--mode", "16"], "--mode"),
+        (["boot", "hello", "--mode", "17"], "--mode"),
         (["boot", "hello", "--device", "flux"], "unknown device model 'flux'"),
         (["boot", "hello", "--serial", "tcp:1"], "--serial tcp:1"),
         (["boot", "hello", "--serial", "file:/no/where"], "/no/where"),
@@ -294,7 +294,7 @@ def test_no_jail_says_so_at_every_start() -> None:
 
 
 def test_more_devices(tmp_path: Path) -> None:
-    done = run("boot", "default", "--device", "config-space,slot=9", "--device", "echo,addr=0x600")
+    done = run("boot", "default", "--device", "config-space,slot=9", "--device", "echo,addr=0xF00")
     assert b"00:09.0" in done.stdout
     bare = run("boot", "hello", "--no-default-devices")
     assert (bare.returncode, bare.stdout) == (0, b"")

@@ -201,11 +201,11 @@ def test_a_failed_pci_function_leaves_the_bus() -> None:
     with Machine(memory="16M", host=HostOptions(on_failure=FailurePolicy.ISOLATE)) as machine:
         machine.boot("hello")
         mmio = machine.parts.buses[BusType.MMIO]
-        assert len(mmio) > 0
+        assert any(entry.owner == "config-space" for entry in mmio)
         os.kill(_pid(machine, "config-space"), signal.SIGKILL)
         assert _gone(_pid(machine, "config-space"))
         machine.run(timeout=30)
-        assert len(mmio) == 0
+        assert not any(entry.owner == "config-space" for entry in mmio)
 
 
 def test_warden_death_is_a_named_failure() -> None:
@@ -385,8 +385,8 @@ def test_devices_that_cannot_be(text: str, complaint: str) -> None:
 
 
 def test_general_options_of_devices() -> None:
-    device = parse_device("echo,addr=0x600,irq=5,name=mine,isolation=none,bus=pio", [])
-    assert device == DeviceConfig("mine", "echo", {"bus": "pio"}, isolated=False, addr=0x600, irq=5)
+    device = parse_device("echo,addr=0xF00,irq=5,name=mine,isolation=none,bus=pio", [])
+    assert device == DeviceConfig("mine", "echo", {"bus": "pio"}, isolated=False, addr=0xF00, irq=5)
     assert parse_device("echo", ["echo", "echo-2"]).name == "echo-3"
 
 
@@ -395,8 +395,8 @@ def test_general_options_of_devices() -> None:
     [
         (DeviceConfig("again", "echo"), "overlaps 'echo'"),
         (DeviceConfig("far", "echo", addr=0xFFFC), "leaves the space"),
-        (DeviceConfig("slotted", "echo", addr=0x600, slot=4), "no PCI function"),
-        (DeviceConfig("moved", "config-space", addr=0x600), "no single bus region"),
+        (DeviceConfig("slotted", "echo", addr=0xF00, slot=4), "no PCI function"),
+        (DeviceConfig("moved", "config-space", addr=0xF00), "no single bus region"),
     ],
 )
 def test_devices_that_do_not_fit(extra: DeviceConfig, complaint: str) -> None:

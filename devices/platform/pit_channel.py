@@ -133,7 +133,7 @@ class Channel:
         state = self.state
         if state.due is None:
             return self._rise(now)
-        if state.mode in (2, 3):
+        if state.mode >= 2:
             rise = self._rise(now)
             if rise is not None and rise <= state.due:
                 return rise

@@ -123,16 +123,13 @@ def _load_bzimage(
     placement = Placement(memory)
     entry.prepare(placement, mode, GDTS[mode])
     where = kernel.load_address
-    size = len(kernel.kernel)
     end = where + kernel.room
     if end > placement.low.end:
         raise UserError(
             f"this kernel needs RAM up to {end:#x} ({-(-end >> 20)} MiB), "
             f"the guest has {placement.low.size >> 20} MiB there"
         )
-    # Its own decompressor zeroes what it needs zero.
-    placement.claim("the kernel's room", where + size, kernel.room - size)
-    placement.fill("the kernel", where, kernel.kernel)
+    placement.fill("the kernel", where, kernel.kernel, kernel.room)
     state = entry.state(mode, where + (bzimage.ENTRY_64 if long_mode else 0), GDTS[mode])
     state.gpr[_RSI] = boot_params.place(placement, kernel.setup, options, where)
     return BootResult("linux-bzimage", state)

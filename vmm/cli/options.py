@@ -18,7 +18,7 @@ examples:
   python -m vmm boot kernel.elf --mem 256M --append "debug"
   python -m vmm boot code.bin --load-addr 0x7000 --mode 64 --timeout 10
   python -m vmm boot counter --snapshot snap --snapshot-at "count 100"
-  python -m vmm boot guest.bin --device echo,addr=0x600,name=second
+  python -m vmm boot guest.bin --device echo,addr=0xF00,name=second
 """
 
 

@@ -1,4 +1,4 @@
-"""The guest's port and MMIO accesses, from the engine's callbacks to the buses.
+"""The guest's port and MMIO accesses, CPUID and RDTSC, from the engine's callbacks.
 
 This is the hottest Python of the machine: each callback is a closure over exactly what it needs.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from devices.bus import ALL_ONES, Bus
 from vmm.cpu.context import Context
+from vmm.cpu.cpuid import cpuid
 from vmm.cpu.library import (
     REG,
     CpuidCallback,
@@ -55,6 +56,25 @@ def install_io(
         if start < first:
             engine.map_io(start, first - start, *_window(start, mmio, fail))
         start = last
+
+
+def install_cpuid(engine: Engine, context: Context, fail: Fail) -> None:
+    """Answer CPUID from `vmm.cpu.cpuid`."""
+    save, restore, longs, gpr = context.save, context.restore, context.longs, context.at.gpr
+
+    def on_cpuid(_engine: int, _data: int) -> int:
+        try:
+            save()
+            # EAX, EBX, ECX, EDX in the order of the encoding: 0, 3, 1, 2.
+            longs[gpr], longs[gpr + 3], longs[gpr + 1], longs[gpr + 2] = cpuid(
+                longs[gpr] & 0xFFFF_FFFF
+            )
+            restore()
+        except BaseException as failure:
+            fail(failure)
+        return 1
+
+    engine.hook_instruction(REG.UC_X86_INS_CPUID, CpuidCallback(on_cpuid))
 
 
 def install_tsc(engine: Engine, context: Context, tsc: Callable[[], int], fail: Fail) -> None:

@@ -17,11 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from devices.bus import Bus
-from vmm.cpu import cpuid
 from vmm.cpu.accelerator import accelerate, available
-from vmm.cpu.access import install_io, install_tsc
+from vmm.cpu.access import install_cpuid, install_io, install_tsc
 from vmm.cpu.budget import NO_LIMIT, Budget
-from vmm.cpu.context import F_IF, Context
+from vmm.cpu.context import F_IF, NONE, Context
 from vmm.cpu.delivery import (
     HAS_ERROR_CODE,
     INVALID_OPCODE,
@@ -38,7 +37,6 @@ from vmm.cpu.library import (
     HOOK_INTERRUPT,
     HOOK_INVALID,
     REG,
-    CpuidCallback,
     Engine,
     InterruptCallback,
     InvalidCallback,
@@ -62,7 +60,6 @@ STEP_COST = 4
 
 NMI = 2
 """The vector of the non-maskable interrupt."""
-A20_OPEN = 0xFFFF_FFFF
 
 _STEP_LIMIT = 64 * EXCEPTION_COST
 """Ends a step of an instruction that can never be fetched; more than any block has bytes."""
@@ -116,6 +113,7 @@ class Cpu:
         self._registers = Registers(context, self._budget)
         install_io(engine, self._regions, ports, mmio, self._fail)
         self._install_traps()
+        install_cpuid(engine, context, self._fail)
         if tsc is not None:
             install_tsc(engine, context, tsc, self._fail)
         self._accelerated = native and available()
@@ -271,7 +269,7 @@ class Cpu:
         """Open or close the A20 gate: closed, address bit 20 is always 0. Also in bus callbacks."""
         context = self._context
         context.save()
-        context.words[context.at.a20_w] = A20_OPEN if is_open else A20_OPEN & ~(1 << 20)
+        context.words[context.at.a20_w] = NONE if is_open else NONE & ~(1 << 20)
         context.restore()
         self._engine.flush_tlb()
 
@@ -298,21 +296,12 @@ class Cpu:
         Like a real access it sets accessed bits.
         """
         self._context.save()
-        try:
-            return self._linear.translate(linear)
-        except Fault:
-            return None
+        return self._linear.place_of(linear)
 
     def read_linear(self, address: int, length: int) -> bytes:
         """RAM at a linear address, for reports: as many of the bytes as are mapped."""
-        data = b""
-        while len(data) < length:
-            place = self.translate(address + len(data) & (1 << 64) - 1)
-            part = min(length - len(data), 0x1000 - (address + len(data) & 0xFFF))
-            if place is None or self._physical.window(place, part) is None:
-                break
-            data += self._physical.read(place, part)
-        return data
+        self._context.save()
+        return self._linear.peek(address, length)
 
     def invalidate(self, address: int, length: int) -> None:
         """Forget code translated from this guest-physical range, because a device wrote there.
@@ -331,18 +320,13 @@ class Cpu:
 
     def _install_traps(self) -> None:
         engine = self._engine
-        trap: Callable[..., Any]
-        for kind, prototype, trap in (
-            (HOOK_INTERRUPT, InterruptCallback, self._on_interrupt),
-            (HOOK_INVALID, InvalidCallback, self._on_invalid),
+        engine.hook(HOOK_INTERRUPT, InterruptCallback(self._guarded(self._on_interrupt)))
+        engine.hook(HOOK_INVALID, InvalidCallback(self._guarded(self._on_invalid)))
+        for instruction, trap in (
+            (REG.UC_X86_INS_SYSCALL, self._on_syscall),
+            (REG.UC_X86_INS_SYSENTER, self._on_sysenter),
         ):
-            engine.hook(kind, prototype(self._guarded(trap)))
-        for instruction, prototype, trap in (
-            (REG.UC_X86_INS_CPUID, CpuidCallback, self._on_cpuid),
-            (REG.UC_X86_INS_SYSCALL, SyscallCallback, self._on_syscall),
-            (REG.UC_X86_INS_SYSENTER, SyscallCallback, self._on_sysenter),
-        ):
-            engine.hook_instruction(instruction, prototype(self._guarded(trap)))
+            engine.hook_instruction(instruction, SyscallCallback(self._guarded(trap)))
 
     def _guarded(self, action: Callable[..., Any]) -> Callable[..., Any]:
         fail, stop = self._fail, self._engine.stop
@@ -377,17 +361,6 @@ class Cpu:
         if self._deliver(INVALID_OPCODE, None, Source.EXCEPTION):
             self._engine.stop()
         return True
-
-    def _on_cpuid(self, _engine: int, _data: int) -> int:
-        context = self._context
-        context.save()
-        longs, gpr = context.longs, context.at.gpr
-        # EAX, EBX, ECX, EDX in the order of the encoding: 0, 3, 1, 2.
-        longs[gpr], longs[gpr + 3], longs[gpr + 1], longs[gpr + 2] = cpuid.cpuid(
-            longs[gpr] & 0xFFFF_FFFF
-        )
-        context.restore()
-        return 1
 
     def _on_syscall(self, _engine: int, _data: int) -> None:
         self._fast_call(self._fast.syscall, 0x05)

@@ -268,6 +268,25 @@ class Linear:
         for place, part in parts:
             self.physical.write(place, part)
 
+    def place_of(self, linear: int) -> int | None:
+        """The physical address, None where nothing is mapped."""
+        try:
+            return self.translate(linear)
+        except Fault:
+            return None
+
+    def peek(self, linear: int, length: int) -> bytes:
+        """RAM at a linear address, for reports: as many of the bytes as are mapped."""
+        data = b""
+        while len(data) < length:
+            at = linear + len(data) & (1 << 64) - 1
+            part = min(length - len(data), 0x1000 - (at & 0xFFF))
+            place = self.place_of(at)
+            if place is None or self.physical.window(place, part) is None:
+                break
+            data += self.physical.read(place, part)
+        return data
+
     def number(self, linear: int, size: int) -> int:
         """A little-endian integer."""
         return int.from_bytes(self.read(linear, size), "little")
