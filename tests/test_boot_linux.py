@@ -360,7 +360,11 @@ ERRORS = {
     ),
     "little memory": (
         bzimage(b"", init_size=0x400_0000),
-        "this kernel needs RAM up to 0x5000000 (80 MiB), the guest has 64 MiB there",
+        "Linux 6.1.0-test needs RAM up to 0x5000000 (80 MiB), the guest has 64 MiB there",
+    ),
+    "little memory for vmlinux": (
+        bzimage(COMPRESS["xz"](vmlinux(code=bytes(48 * MIB)))),
+        "Linux 6.1.0-test needs RAM up to 0x4003000 (65 MiB), the guest has 64 MiB there",
     ),
     "low kernel": (
         bzimage(b"", pref_address=0x1000),

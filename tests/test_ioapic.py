@@ -391,5 +391,5 @@ class IoApicMachine(RuleBasedStateMachine):
             assert self.rig.low(pin) == low | (REMOTE_IRR if pin in self.waiting else 0)
 
 
-IoApicMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+IoApicMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestIoApicAgainstModel = IoApicMachine.TestCase

@@ -279,9 +279,10 @@ def test_it_tells_once_that_something_is_pending(board: Board) -> None:
     board.take()
     assert board.kicks == 1
     board.eoi()
+    assert board.kicks == 2, "0x40 waited behind 0x50"
     assert board.take() == 0x40
     board.ipi(SELF | 0x60)
-    assert board.kicks == 2
+    assert board.kicks == 3
 
 
 def test_the_timer_kicks(board: Board) -> None:
@@ -389,9 +390,9 @@ class IoApicWay(RuleBasedStateMachine):
     @rule(gsi=GSIS, high=st.booleans())
     def line(self, gsi: int, high: bool) -> None:
         vector = DEVICE_VECTORS[gsi]
-        if high and gsi not in self.high:
-            if gsi not in LEVEL_GSIS or vector not in self.serving:
-                self.asked.add(vector)
+        waits = gsi in LEVEL_GSIS and vector in self.serving
+        if high and gsi not in self.high and not waits:
+            self.asked.add(vector)
         (self.high.add if high else self.high.discard)(gsi)
         self.board.chip.set_irq(gsi, high)
 
@@ -428,7 +429,7 @@ class IoApicWay(RuleBasedStateMachine):
         assert self.board.vectors(R.ISR) == set(self.serving)
 
 
-IoApicWay.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+IoApicWay.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestIoApicWay = IoApicWay.TestCase
 
 
@@ -483,7 +484,7 @@ class TwoWays(RuleBasedStateMachine):
         saved = [device.snapshot() for device in self.board.chip.devices()]
         self.board = self.board.reborn()
         assert [device.snapshot() for device in self.board.chip.devices()] == saved
-        self.was = False
+        self.was, self.kicks = False, 0
 
     @invariant()
     def agrees(self) -> None:
@@ -511,5 +512,5 @@ class TwoWays(RuleBasedStateMachine):
         )
 
 
-TwoWays.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TwoWays.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestTwoWays = TwoWays.TestCase

@@ -875,5 +875,5 @@ class LapicMachine(RuleBasedStateMachine):
         assert lapic.get(R.PPR) == (serving & 0xF0 if above else self.tpr)
 
 
-LapicMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+LapicMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestLapicAgainstModel = LapicMachine.TestCase

@@ -27,6 +27,7 @@ from proxy.jail import JailMode
 from vmm import saving, sources
 from vmm import snapshot as snapshots
 from vmm.attachment import DeviceFactory
+from vmm.boot import firmware
 from vmm.boot.loader import load
 from vmm.boot.options import BootOptions, BootResult
 from vmm.config import (
@@ -47,10 +48,9 @@ from vmm.firmware.platform import Platform
 from vmm.interrupt import noted_signals
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
-from vmm.pc import PM_TIMER_BITS
+from vmm.pc import platform_of
 from vmm.vcpu import UNLIMITED
 
-PLATFORM = Platform(pm_timer_bits=PM_TIMER_BITS)
 KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
 """Formats that look for the board's tables; others may use that memory as they like."""
 ELCR_HIGH = 0x4D1
@@ -179,23 +179,35 @@ class Machine:
         """
         data, options = sources.read_image(image, options)
         parts = self.parts
-        tables = place_tables(PLATFORM)
+        board = platform_of(parts.memory)
+        tables = place_tables(board)
         result = load(parts.memory, data, replace(options, rsdp=tables.rsdp))
         if result.format in KERNELS:
             parts.memory.write(tables.start, tables.data)
-            parts.memory.write(MPTABLE_ADDRESS, build_mptable(PLATFORM))
-        self._play_firmware()
+            parts.memory.write(MPTABLE_ADDRESS, build_mptable(board))
+        self._play_firmware(board)
         parts.cpu.set_state(result.state)
         parts.symbols = result.symbols
         self._loaded = result
         return result
 
-    def _play_firmware(self) -> None:
+    def boot_firmware(self, rom: bytes, name: str = "firmware") -> BootResult:
+        """Start at the reset vector of a firmware ROM; ``config.rom`` must be its size.
+
+        Raises:
+            UserError: it is not that, or no ROM.
+        """
+        result = firmware.load(self.parts.memory, rom, name)
+        self.parts.cpu.set_state(result.state)
+        self._loaded = result
+        return result
+
+    def _play_firmware(self, board: Platform) -> None:
         """What a guest may expect to be done before it starts: BARs placed, PCI lines level."""
         parts = self.parts
-        for problem in parts.pci.assign_resources(PLATFORM.mmio_window, PLATFORM.io_window):
+        for problem in parts.pci.assign_resources(board.mmio_window, board.io_window):
             parts.wiring.log("pci", problem)
-        level = sum(1 << irq - 8 for irq in PLATFORM.level_irqs())
+        level = sum(1 << irq - 8 for irq in board.level_irqs())
         parts.buses[BusType.PIO].write(ELCR_HIGH, 1, level)
 
     def run(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from devices.bus import Bus, BusType
+from devices.bus import Bus, BusType, Range
 from devices.clock import Clock
 from devices.contract import Device
 from devices.irqchip.pc import IrqChip
@@ -17,6 +17,7 @@ from devices.pci.host_bridge import PciRoot
 from devices.platform.a20 import A20Gate
 from devices.platform.acpi_pm import AcpiPm
 from devices.platform.debug_console import DebugConsole
+from devices.platform.fw_cfg import FwCfg
 from devices.platform.hpet import Hpet
 from devices.platform.i8042 import I8042
 from devices.platform.pit import Pit
@@ -27,11 +28,33 @@ from devices.platform.rtc import Rtc
 from devices.platform.vga_text import VgaText
 from vmm.attachment import Attachment, LocalHost
 from vmm.config import DeviceConfig
+from vmm.firmware import fw_cfg_items
+from vmm.firmware.platform import Platform
 from vmm.memory import GuestMemory
 from vmm.wiring import Wiring
 
 DEBUG_CONSOLE = "debug-console"
 PM_TIMER_BITS = 32
+SCREEN_AT = 0xB8000
+SCREEN_BYTES = 0x8000
+"""Where the text screen's memory lies; it is plain RAM here."""
+
+
+def platform_of(memory: GuestMemory) -> Platform:
+    """The board as its tables tell it; fw_cfg is there only for firmware."""
+    return Platform(pm_timer_bits=PM_TIMER_BITS, fw_cfg=memory.rom is not None)
+
+
+def _fw_cfg(host: LocalHost, board: Platform, memory: GuestMemory) -> FwCfg:
+    ram = [Range(region.start, region.size) for region in memory.ram]
+    # Without a disk SeaBIOS waits for a key for ever instead of starting over and over.
+    extra = {"etc/boot-fail-wait": b"\xff\xff\xff\xff"}
+    return FwCfg(
+        host,
+        items=fw_cfg_items.items(ram),
+        files=fw_cfg_items.files(board, ram, extra=extra),
+        memory=memory,
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,7 @@ class Board:
         )
         self.screen = VgaText(host("screen"))
         low = memory.ram[0].size
+        board = platform_of(memory)
         pic, ioapic, lapic = self.irqchip.devices()
         devices: dict[str, Device] = {
             "pci": self.pci,
@@ -105,6 +129,7 @@ class Board:
             "post": PostPort(host("post")),
             DEBUG_CONSOLE: DebugConsole(host(DEBUG_CONSOLE)),
             "screen": self.screen,
+            **({"fw-cfg": _fw_cfg(host("fw-cfg"), board, memory)} if board.fw_cfg else {}),
             # Last: what the others say on their lines while they are restored is already part of
             # the interrupt controllers' saved state.
             "pic": pic,
@@ -115,6 +140,12 @@ class Board:
             Attachment(DeviceConfig(name, device.model, isolated=False), device)
             for name, device in devices.items()
         ]
+        self._memory = memory
         for attachment in self.attachments:
             attachment.place(buses)
             wiring.attached[attachment.name] = attachment
+
+    def screen_lines(self) -> list[str]:
+        """The text screen as lines without blanks at their ends; empty ones at the end are cut."""
+        text = str(self.screen.screen(self._memory.window(SCREEN_AT, SCREEN_BYTES)))
+        return text.splitlines()

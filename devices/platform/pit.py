@@ -132,7 +132,7 @@ class Pit(Device):
             channel.state = state
         self._line = self._level()
         self.host.set_irq(self._line)
-        self._plan()
+        self._reminder.renew(self.state.alarm)
 
     def _now(self) -> int:
         return self._oscillator.ticks(self._clock.now())

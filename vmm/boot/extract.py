@@ -130,10 +130,11 @@ def _lz4(payload: memoryview, size: int) -> bytes:
         import lz4.block
     except ImportError as error:
         raise CannotExtract("it is compressed with LZ4: install lz4") from error
-    data = bytearray()
+    blocks: list[bytes] = []
+    total = 0
     end = len(payload) - _SIZE_FIELD
     position = len(_LZ4_MAGIC)
-    while position < end and len(data) <= size:
+    while position < end and total <= size:
         (length,) = struct.unpack_from("<I", payload, position)
         position += 4
         if payload[position - 4 : position] == _LZ4_MAGIC:
@@ -141,9 +142,10 @@ def _lz4(payload: memoryview, size: int) -> bytes:
         if not 0 < length <= end - position:
             raise ValueError(f"a block of {length:#x} bytes at {position:#x} leads past its end")
         block = payload[position : position + length]
-        data += lz4.block.decompress(block, uncompressed_size=_LZ4_BLOCK)
+        blocks.append(lz4.block.decompress(block, uncompressed_size=_LZ4_BLOCK))
+        total += len(blocks[-1])
         position += length
-    return bytes(data)
+    return b"".join(blocks)
 
 
 _METHODS: tuple[tuple[bytes, str, _Decompress, bool], ...] = (

@@ -91,11 +91,22 @@ def _load_extracted(
 ) -> BootResult:
     try:
         executable = elf.parse(vmlinux)
+        _check_room(memory, kernel, max(s.paddr + s.memory_size for s in executable.segments))
         if wanted is KernelEntry.PVH:
             return pvh.load(memory, vmlinux, executable, options)
         return _load_vmlinux(memory, vmlinux, executable, kernel.setup, options)
     except UserError as error:
         raise UserError(f"the vmlinux in this bzImage: {error}") from error
+
+
+def _check_room(memory: GuestMemory, kernel: BzImage, end: int) -> None:
+    """The usual case of a segment outside RAM, in words that say what to do."""
+    low = memory.ram[0]
+    if end > low.end:
+        raise UserError(
+            f"Linux {kernel.release or 'of unknown version'} needs RAM up to {end:#x} "
+            f"({-(-end >> 20)} MiB), the guest has {low.size >> 20} MiB there"
+        )
 
 
 def _load_vmlinux(
@@ -123,12 +134,7 @@ def _load_bzimage(
     placement = Placement(memory)
     entry.prepare(placement, mode, GDTS[mode])
     where = kernel.load_address
-    end = where + kernel.room
-    if end > placement.low.end:
-        raise UserError(
-            f"this kernel needs RAM up to {end:#x} ({-(-end >> 20)} MiB), "
-            f"the guest has {placement.low.size >> 20} MiB there"
-        )
+    _check_room(memory, kernel, where + kernel.room)
     placement.fill("the kernel", where, kernel.kernel, kernel.room)
     state = entry.state(mode, where + (bzimage.ENTRY_64 if long_mode else 0), GDTS[mode])
     state.gpr[_RSI] = boot_params.place(placement, kernel.setup, options, where)

@@ -66,6 +66,9 @@ def add_boot(commands: Any) -> None:
         help="how a Linux kernel is entered (default: auto, the fastest that will do)",
     )
     image.add_argument(
+        "--firmware", metavar="ROM", help="start a firmware ROM (SeaBIOS) instead of an image"
+    )
+    image.add_argument(
         "--clock",
         choices=("real", "virtual"),
         default="real",
@@ -135,6 +138,21 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object at the end, with the guest's output in it, and nothing else",
+    )
+    run.add_argument(
+        "--debug-console",
+        metavar="WHERE",
+        default="none",
+        help="ports 0xe9 and 0x402: stderr, file:PATH or none (default: none)",
+    )
+    run.add_argument("--screen", action="store_true", help="at the end, show the text screen")
+    run.add_argument(
+        "--trace",
+        choices=("unclaimed",),
+        help="at the end, list the ports and addresses that nobody answered",
+    )
+    run.add_argument(
+        "--symbols", metavar="FILE", help="names for crash reports: an ELF file or a System.map"
     )
     run.add_argument("--stats", action="store_true", help="at the end, say where accesses went")
     host = parser.add_argument_group("device processes")

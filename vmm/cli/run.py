@@ -14,7 +14,9 @@ from typing import Any
 
 from devices.errors import DeviceError, UserError
 from proxy.jail import JailMode
+from vmm.boot import firmware
 from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
+from vmm.cli.aids import UnclaimedTrace, read_symbols
 from vmm.config import (
     ClockKind,
     FailurePolicy,
@@ -27,6 +29,7 @@ from vmm.config import (
 )
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
+from vmm.pc import DEBUG_CONSOLE
 from vmm.terminal import Terminal
 
 DEFAULT_GUEST = "default"
@@ -36,6 +39,11 @@ DEFAULT_SNAPSHOT = "vmm-snapshot"
 def boot(args: argparse.Namespace) -> int:
     """``python -m vmm boot``."""
     plan = SnapshotPlan.parse(args)
+    rom = b"" if args.firmware is None else _read_file(args.firmware, "firmware")
+    if args.firmware is not None:
+        firmware.check(rom)
+        if args.image is not None:
+            raise UserError("--firmware starts by itself: give no image")
     image, name = _read_image(args.image)
     options = BootOptions(
         load_addr=args.load_addr,
@@ -49,9 +57,11 @@ def boot(args: argparse.Namespace) -> int:
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
     for text in args.device:
         devices.append(parse_device(text, [device.name for device in devices]))
-    config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock))
+    config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock), len(rom))
     with Machine(config, host=_host_options(args)) as machine:
-        if isinstance(image, str):
+        if rom:
+            machine.boot_firmware(rom, args.firmware)
+        elif isinstance(image, str):
             machine.boot(image, _unless_default(options, name))
         else:
             machine.boot(image, options)
@@ -154,6 +164,10 @@ class Session:
             self.say(parts.jail_line)
         parts.wiring.log_sink = None if self.args.json else self._log
         terminal = self._connect_serial()
+        self._connect_debug_console()
+        if args_symbols := self.args.symbols:
+            parts.symbols = read_symbols(args_symbols, _read_file(args_symbols, "symbols"))
+        trace = UnclaimedTrace(parts.buses) if self.args.trace else None
         if self.plan.when == "text":
             machine.console.watch(self.plan.text, self._want_snapshot)
         elif isinstance(self.plan.when, float):
@@ -170,7 +184,7 @@ class Session:
                 self._take_snapshot()
         except KeyboardInterrupt:
             outcome = Outcome(Ending.QUIT, "interrupted")
-            self._report(outcome, 130)
+            self._report(outcome, 130, {})
             return 130
         finally:
             if terminal is not None:
@@ -178,7 +192,12 @@ class Session:
             for close in self._closers:
                 close()
         status = outcome.status
-        self._report(outcome, status)
+        extras: dict[str, Any] = {}
+        if self.args.screen:
+            extras["screen"] = parts.board.screen_lines()
+        if trace is not None:
+            extras["unclaimed"] = trace.lines()
+        self._report(outcome, status, extras)
         return status
 
     def say(self, text: str) -> None:
@@ -194,12 +213,8 @@ class Session:
         if where == "none":
             return None
         if where.startswith("file:"):
-            try:
-                file = open(where.removeprefix("file:"), "wb", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise UserError(f"--serial {where}: {error.strerror}") from error
-            self._closers.append(file.close)
-            machine.console.sink = lambda data: self._write(file.fileno(), data)
+            file = self._open(where.removeprefix("file:"), f"--serial {where}")
+            machine.console.sink = lambda data: self._write(file, data)
             return None
         if where != "stdio":
             raise UserError(f"--serial {where}: give stdio, file:PATH or none")
@@ -208,6 +223,26 @@ class Session:
         return Terminal(
             machine.parts.events, machine.send, lambda: len(machine.console.pending), self, self.say
         )
+
+    def _connect_debug_console(self) -> None:
+        where = self.args.debug_console
+        console = self.machine.parts.consoles[DEBUG_CONSOLE]
+        if where == "stderr":
+            console.sink = lambda data: self._write(2, data)
+        elif where.startswith("file:"):
+            file = self._open(where.removeprefix("file:"), f"--debug-console {where}")
+            console.sink = lambda data: self._write(file, data)
+        elif where != "none":
+            raise UserError(f"--debug-console {where}: give stderr, file:PATH or none")
+
+    def _open(self, path: str, what: str) -> int:
+        """A file to write, closed at the end of the run."""
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"{what}: {error.strerror}") from error
+        self._closers.append(lambda: os.close(fd))
+        return fd
 
     def _write(self, fd: int, data: bytes) -> None:
         """Pass output on; called in the middle of an access, so it must not raise."""
@@ -276,7 +311,7 @@ class Session:
     def _log(self, name: str, text: str) -> None:
         self.say(f"{name}: {text}")
 
-    def _report(self, outcome: Outcome, status: int) -> None:
+    def _report(self, outcome: Outcome, status: int, extras: dict[str, Any]) -> None:
         if self._failed is not None:
             raise self._failed
         statistics = None
@@ -288,8 +323,10 @@ class Session:
                 for line in stats_lines(statistics):
                     self.say(line)
         if self.args.json:
-            print(json.dumps(self._json(outcome, status, statistics)))
+            print(json.dumps(self._json(outcome, status, statistics) | extras))
             return
+        for lines in extras.values():
+            self.say("\n".join(lines))
         if outcome.ending not in (Ending.HALTED, Ending.GUEST_EXIT):
             self.say(f"{outcome.ending}{': ' if outcome.detail else ''}{outcome.detail}")
         if outcome.report:
