@@ -343,6 +343,21 @@ def test_a_restore_over_another_story_leaves_nothing_of_it(board: Board) -> None
     assert [device.snapshot() for device in busy.chip.devices()] == quiet
 
 
+def test_outputs_that_move_during_a_restore_disturb_nobody(board: Board) -> None:
+    board.init_pic()
+    board.chip.set_irq(4, True)
+    saved = [device.snapshot() for device in board.chip.devices()]
+    # As they are, the other's wires from the 8259 lead to fixed interrupts.
+    other = Board().init_pic()
+    other.enable()
+    other.redirect(0, 0x99)
+    other.put(R.LVT + Lvt.LINT0, 0x98)
+    for device, state in zip(other.chip.devices(), saved, strict=True):
+        device.restore(state)
+    assert [device.snapshot() for device in other.chip.devices()] == saved
+    assert not other.chip.pending()
+
+
 @pytest.mark.parametrize("kind", [SoloLapic, SoloIoApic])
 def test_device_contract(kind: type[Device]) -> None:
     """The same random guest on two of them, across restores; and spoiled states are refused."""

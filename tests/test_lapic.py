@@ -115,6 +115,7 @@ def test_accesses_of_other_widths(lapic: Lapic) -> None:
         (0x20, 0x31, 0x30),
         (0x35, 0x31, 0x35),
         (0x30, 0x31, 0x30),
+        (0x35, 0x3F, 0x35),
         (0x45, 0x31, 0x45),
         (0x2F, 0xFE, 0xF0),
     ],
@@ -229,7 +230,7 @@ def test_disabled_refuses_fixed_and_keeps_what_it_has(lapic: Lapic) -> None:
     lapic.apic.accept(0x40, False)
     lapic.put(R.SVR, SPURIOUS)
     assert lapic.apic.request < 0
-    assert not lapic.apic.receive(0, False, 0, 0x50, False)
+    assert not lapic.apic.message(0, False, 0, 0x50, False)
     assert lapic.vectors(R.IRR) == {0x40}
     lapic.enable()
     assert lapic.take() == 0x40
@@ -250,10 +251,10 @@ def test_disabling_masks_the_lvt_until_enabled(lapic: Lapic) -> None:
 
 def test_nmi_and_init_arrive_while_disabled() -> None:
     lapic = Lapic(enable=False)
-    assert lapic.apic.receive(0, False, NMI >> 8, 0, False)
+    assert lapic.apic.message(0, False, NMI >> 8, 0, False)
     assert lapic.apic.take_nmi()
     assert not lapic.apic.take_nmi()
-    assert lapic.apic.receive(0, False, INIT >> 8, 0, False)
+    assert lapic.apic.message(0, False, INIT >> 8, 0, False)
     assert lapic.inits == 1
 
 
@@ -292,7 +293,7 @@ def test_destination(
     lapic.put(R.ID, 0x05000000)
     lapic.put(R.LDR, ldr << 24)
     lapic.put(R.DFR, dfr << 28)
-    assert lapic.apic.receive(destination, logical, 0, 0x40, False) is meant
+    assert lapic.apic.message(destination, logical, 0, 0x40, False) is meant
     lapic.ipi(0x51 | (LOGICAL if logical else 0), destination)
     assert lapic.vectors(R.IRR) == ({0x40, 0x51} if meant else set())
 
@@ -425,6 +426,8 @@ def test_lint0_level(lapic: Lapic) -> None:
         assert lapic.apic.request < 0
         lapic.eoi()
     lapic.take()
+    lapic.put(R.LVT + Lvt.LINT0, LEVEL | 0x44)
+    assert lapic.get(R.LVT + Lvt.LINT0) == LEVEL | 1 << 14 | 0x44, "a write leaves it waiting"
     lapic.apic.set_lint(0, False)
     lapic.eoi()
     assert lapic.apic.request < 0
@@ -657,7 +660,7 @@ def test_x2apic_modes(lapic: Lapic) -> None:
             apic.write_msr(APIC_BASE, wrong)
     apic.write_msr(APIC_BASE, ALL_OFF)
     assert window.read(R.VERSION << 4, 4) == 0xFFFFFFFF
-    assert not apic.receive(0xFF, False, NMI >> 8, 0, False)
+    assert not apic.message(0xFF, False, NMI >> 8, 0, False)
     with pytest.raises(MsrFault):
         apic.write_msr(APIC_BASE, X2APIC_ON)
     apic.write_msr(APIC_BASE, XAPIC_ON)
@@ -816,7 +819,7 @@ class LapicMachine(RuleBasedStateMachine):
 
     @rule(vector=VECTORS, level=st.booleans())
     def arrive(self, vector: int, level: bool) -> None:
-        assert self.lapic.apic.receive(0, False, 0, vector, level) is self.enabled
+        assert self.lapic.apic.message(0, False, 0, vector, level) is self.enabled
         if self.enabled:
             self.asked.add(vector)
             (self.level.add if level else self.level.discard)(vector)

@@ -216,6 +216,13 @@ def test_periodic_interrupt(bench: Bench, rate: int) -> None:
     assert served == min(hertz, 4000)
 
 
+def test_interrupt_that_nobody_serves_costs_nothing(bench: Bench) -> None:
+    put(bench, A, 0x23)  # 8192 Hz
+    put(bench, B, HOURS24 | PIE | UIE | AIE)
+    bench.clock.advance(100 * SECOND)
+    assert bench.clock.rang == 1
+
+
 def test_periodic_interrupt_never_drifts(bench: Bench) -> None:
     put(bench, A, 0x26)  # 1024 Hz
     put(bench, B, HOURS24 | PIE)

@@ -35,6 +35,7 @@ from vmm.wiring import Wiring
 
 DEBUG_CONSOLE = "debug-console"
 PM_TIMER_BITS = 32
+PIT_IRQ, RTC_IRQ = 0, 8
 SCREEN_AT = 0xB8000
 SCREEN_BYTES = 0x8000
 """Where the text screen's memory lies; it is plain RAM here."""
@@ -110,6 +111,10 @@ class Board:
             reset_control=reset_control,
         )
         self.screen = VgaText(host("screen"))
+        hpet = Hpet(host("hpet"), clock, lambda line, level: wiring.isa_line(line, level, "hpet"))
+        # In legacy replacement mode the HPET takes these two lines over.
+        wiring.wires["pit"] = lambda level: hpet.isa_input(PIT_IRQ, level)
+        wiring.wires["rtc"] = lambda level: hpet.isa_input(RTC_IRQ, level)
         low = memory.ram[0].size
         board = platform_of(memory)
         pic, ioapic, lapic = self.irqchip.devices()
@@ -120,9 +125,7 @@ class Board:
             "rtc": Rtc(
                 host("rtc"), clock, epoch=epoch, low_memory=low, high_memory=memory.size - low
             ),
-            "hpet": Hpet(
-                host("hpet"), clock, lambda line, level: wiring.isa_line(line, level, "hpet")
-            ),
+            "hpet": hpet,
             "acpi-pm": AcpiPm(host("acpi-pm"), clock, events.power_off, timer_bits=PM_TIMER_BITS),
             "i8042": I8042(host("i8042"), gate=gate, reset=events.reset),
             "port92": Port92(host("port92"), gate=gate, reset=events.reset),

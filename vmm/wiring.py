@@ -21,6 +21,7 @@ class Wiring:
     """Implements `vmm.attachment.DeviceEvents` for one machine.
 
     Attributes:
+        wires: by device name: where its interrupt pin leads if not to a line of the board.
         consoles: by device name; what a device without one prints is kept nowhere.
         attention: asks the vCPU loop to come back and look (see `VcpuLoop.attention`).
         guest_exit: called with the value when a device that may do so ends the run.
@@ -33,6 +34,7 @@ class Wiring:
     guest_exit: Callable[[int], None]
     device_failed: Callable[[DeviceFailure], None]
     consoles: dict[str, ConsoleBuffer] = field(default_factory=dict)
+    wires: dict[str, Callable[[bool], None]] = field(default_factory=dict)
     attached: dict[str, Attachment] = field(default_factory=dict)
     irqchip: IrqChip | None = None
     pci: PciRoot | None = None
@@ -42,6 +44,10 @@ class Wiring:
 
     def irq(self, name: str, pin: int, level: bool) -> None:
         """A device drives its interrupt pin."""
+        wire = self.wires.get(name)
+        if wire is not None:
+            wire(level)
+            return
         attachment = self.attached.get(name)
         if attachment is None:
             return

@@ -154,7 +154,7 @@ class LocalApic(Device):
                 state.nmi = True
         self._changed()
 
-    def receive(self, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
+    def message(self, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
         """A message of the system bus: from the IOAPIC, a device (MSI) or an ICR.
 
         Args:
@@ -337,9 +337,9 @@ class LocalApic(Device):
             return  # INIT level de-assert is for the arbitration of APICs that had a bus
         shorthand = command >> 18 & 3
         if shorthand == _TO_ADDRESS:
-            self.receive(destination, bool(command & _LOGICAL), mode, command & 0xFF, False)
+            self.message(destination, bool(command & _LOGICAL), mode, command & 0xFF, False)
         elif shorthand != _OTHERS:
-            self.receive(BROADCAST, False, mode, command & 0xFF, False)
+            self.message(BROADCAST, False, mode, command & 0xFF, False)
 
     def set_apic_mode(self, mode: ApicMode) -> None:
         """IA32_APIC_BASE EN and EXTD; disabling resets the registers (10.4.3, 10.12.5)."""

@@ -60,7 +60,7 @@ class IrqChip:
             reachable=self._reachable,
             on_init=on_init,
         )
-        self.ioapic = IoApic(host, deliver=self.lapic.receive, changed=self._update)
+        self.ioapic = IoApic(host, deliver=self.lapic.message, changed=self._update)
         self.pic = PicPair(host, on_output=self._pic_output)
 
     def devices(self) -> tuple[Device, ...]:
@@ -98,7 +98,7 @@ class IrqChip:
         level = bool(data & 0x8000)
         if level and not data & 0x4000:
             return False
-        return self.lapic.receive(
+        return self.lapic.message(
             address >> 12 & 0xFF, bool(address & 4), data >> 8 & 7, data & 0xFF, level
         )
 

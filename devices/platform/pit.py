@@ -88,7 +88,8 @@ class Pit(Device):
 
     def read_counter(self, number: int) -> int:
         """One byte of counter 0..2."""
-        return self._channel(number, self._now()).read(self._now())
+        now = self._now()
+        return self._channel(number, now).read(now)
 
     def write_counter(self, number: int, value: int) -> None:
         """One byte of a count."""

@@ -2,8 +2,8 @@
 
 The engine's own answer hides that this is a virtual machine and advertises what it has not, so
 every leaf is answered from this table. Left out although the engine or real CPUs of this model
-have them: x2APIC and the TSC deadline (their MSRs cannot be trapped), AVX and XSAVE (state incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP,
-SMAP, PCID, and performance counters.
+have them: x2APIC and the TSC deadline (their MSRs cannot be trapped), AVX and XSAVE (state
+incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP, SMAP, PCID, and performance counters.
 
 Sources: Intel SDM volume 2A, "CPUID"; for the hypervisor leaves, the Linux kernel's
 Documentation/virt/kvm/x86/cpuid.rst (the range 0x4000_0000 and the vendor string in EBX, ECX, EDX).
