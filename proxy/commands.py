@@ -78,6 +78,7 @@ class Commands:
             m.Restore: self._restore,
             m.Sleep: self._sleep,
             m.Wake: self._wake,
+            m.Sync: lambda _: m.Ok(),
             m.Input: self._input,
         }
 

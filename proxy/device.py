@@ -232,6 +232,13 @@ class ProxyDevice:
                 break
         return taken
 
+    def sync(self) -> None:
+        """Wait until all posted writes were done and what the device said of them was heard.
+
+        Like an access, it never raises for what the child does.
+        """
+        self._access(m.Sync())
+
     def drain(self) -> bool:
         """Handle waiting upcalls, at most `DRAIN_AT_ONCE`; whether more may wait."""
         return self._link.drain(DRAIN_AT_ONCE)

@@ -294,6 +294,14 @@ class Input(PayloadMessage, frozen=True):
     reply = InputResult
 
 
+class Sync(Message, frozen=True):
+    """Answer once everything before this was done: a barrier that changes nothing."""
+
+    opcode = 0x13
+    reply = Ok
+    layout = _EMPTY
+
+
 class LaneOpen(Message, frozen=True):
     """From here on accesses come through the shared page; posted. Generations count up from 1."""
 

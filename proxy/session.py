@@ -35,6 +35,7 @@ _KEEP_ACTIVE: tuple[type[m.Message], ...] = (
     m.Snapshot,
     m.Restore,
     m.Wake,
+    m.Sync,
     m.Input,
     m.LaneOpen,
     m.LaneClose,

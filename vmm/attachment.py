@@ -87,6 +87,23 @@ class Driven(Protocol):
     def restore(self, saved: Any) -> None: ...
 
 
+class SyncedHandler:
+    """A region whose writes are not posted: the guest goes on when the device has done them.
+
+    With a virtual clock what a write leads to (an interrupt) must come at the same instruction in
+    every run, however fast the device process is.
+    """
+
+    def __init__(self, handler: BusDevice, sync: Callable[[], None]) -> None:
+        self.read = handler.read
+        self._write = handler.write
+        self._sync = sync
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._write(offset, size, value)
+        self._sync()
+
+
 @dataclass
 class Attachment:
     """One configured device.
@@ -94,6 +111,7 @@ class Attachment:
     Attributes:
         config: as the user gave it.
         device: the model itself or its proxy.
+        handlers: what its regions are on the bus; by default what the device says.
         slot: PCI device number, for a PCI function.
         irq: the ISA line of its pin, if any.
         placed: the ranges that were put on the buses for it at build time.
@@ -101,9 +119,13 @@ class Attachment:
 
     config: DeviceConfig
     device: Driven
+    handlers: Sequence[BusDevice] = ()
     slot: int | None = None
     irq: int | None = None
     placed: list[tuple[BusType, Range]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.handlers = self.handlers or self.device.handlers()
 
     @property
     def name(self) -> str:
@@ -132,7 +154,7 @@ class Attachment:
         addr = self.config.addr
         if addr is not None and (self.slot is not None or len(regions) != 1):
             raise UserError(f"device '{self.name}' has no single bus region for addr= to move")
-        for region, handler in zip(regions, self.device.handlers(), strict=True):
+        for region, handler in zip(regions, self.handlers, strict=True):
             start = region.start if addr is None else addr
             if start is None:
                 continue

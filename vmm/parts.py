@@ -18,7 +18,7 @@ from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.placement import Placement
 from proxy.warden import Warden
-from vmm.attachment import Attachment, DeviceFactory, build_local
+from vmm.attachment import Attachment, DeviceFactory, SyncedHandler, build_local
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
@@ -184,11 +184,13 @@ class Parts:
 
     def _attach(self, device: DeviceConfig, driven: Device | ProxyDevice) -> None:
         attachment = Attachment(device, driven)
+        if isinstance(driven, ProxyDevice) and self.config.clock is ClockKind.VIRTUAL:
+            attachment.handlers = [SyncedHandler(h, driven.sync) for h in driven.handlers()]
         function = attachment.pci_function()
         if function is not None:
             slot = self._free_slot(device)
             attachment.slot = slot
-            self.pci.add(Slot(slot), function, device.name, driven.handlers(), function.bars())
+            self.pci.add(Slot(slot), function, device.name, attachment.handlers, function.bars())
         elif device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")
         elif device.slot is not None:
