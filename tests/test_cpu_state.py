@@ -73,7 +73,7 @@ def begin(bench: Bench, mode: str) -> None:
     stack = state.gpr[4]
     state.gpr = [rng.getrandbits(64 if "long" in mode else 32) for _ in range(16)]
     state.gpr[4] = stack
-    state.vectors = [rng.randbytes(32).hex() for _ in range(16)]
+    state.vectors = [rng.randbytes(16).hex() for _ in range(16)]
     state.msrs = {0xC000_0081: 0x1B_0008 << 32, 0xC000_0102: 0x1234_5678_9ABC, 0x277: 0x0606}
     state.dr[0] = 0x1111_2222
     bench.start(state, code, state.cs.base + state.rip)
@@ -134,7 +134,7 @@ def test_the_guest_sees_what_was_loaded() -> None:
         state.mxcsr, state.fpu_control = 0x5F80, 0xF7F
         state.x87 = [f"{i:02x}" * 10 for i in range(8)]
         state.fpu_status, state.fpu_tags = 0x1800, 0
-        state.vectors = [f"{i:02x}" * 32 for i in range(16)]
+        state.vectors = [f"{i:02x}" * 16 for i in range(16)]
         state.dr[2] = 0x4444
         bench.put(0x30008, 0x5151)
         code = bytes.fromhex(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from devices.errors import UserError
@@ -28,6 +29,7 @@ def save(parts: Parts, path: Path) -> None:
             devices={each.name: each.device.snapshot() for each in parts.stateful()},
             executed=parts.cpu.executed,
             clock=parts.clock.snapshot(),
+            window=replace(parts.vcpu.window),
             console=snapshots.ConsoleState(parts.console.pending),
         )
         snapshots.save(path, saved, parts.memory)
@@ -55,6 +57,7 @@ def load(parts: Parts, path: Path) -> None:
     # Time first: devices plan their alarms by it. The board's devices last: see `Board`.
     parts.cpu.executed = saved.executed
     parts.clock.start_at(saved.clock.now)
+    parts.vcpu.window = saved.window
     for each in parts.stateful():
         each.device.restore(saved.devices[each.name])
         parts.drain()

@@ -32,6 +32,7 @@ from vmm.clock import ClockState
 from vmm.config import NAME, MachineConfig
 from vmm.cpu.state import CpuState
 from vmm.memory import PAGE, GuestMemory
+from vmm.vcpu import InterruptWindow
 
 FORMAT = 1
 """Version of the layout above; a reader refuses a newer one."""
@@ -77,6 +78,7 @@ class Manifest:
     memory: list[Extent]
     executed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
     clock: ClockState = field(default_factory=ClockState)
+    window: InterruptWindow = field(default_factory=InterruptWindow)
     console: ConsoleState = field(default_factory=ConsoleState)
 
 
@@ -102,6 +104,7 @@ class Snapshot:
     devices: dict[str, Any]
     executed: int = 0
     clock: ClockState = field(default_factory=ClockState)
+    window: InterruptWindow = field(default_factory=InterruptWindow)
     console: ConsoleState = field(default_factory=ConsoleState)
 
 
@@ -162,6 +165,7 @@ def load(path: Path, memory: GuestMemory | None = None) -> Snapshot:
         devices,
         manifest.executed,
         manifest.clock,
+        manifest.window,
         manifest.console,
     )
 
@@ -237,6 +241,7 @@ def _write_all(work: Path, snapshot: Snapshot, memory: GuestMemory) -> None:
             extents,
             snapshot.executed,
             snapshot.clock,
+            snapshot.window,
             snapshot.console,
         )
     )

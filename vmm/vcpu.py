@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Annotated
+
+import msgspec
 
 from devices.irqchip.pc import IrqChip
 from vmm.clock import MachineClock
@@ -22,6 +25,19 @@ UNLIMITED = 1 << 62
 WINDOW_FIRST = 256
 WINDOW_MAX = 16 << 10
 """Budgets, in bytes of code, while an interrupt waits for the guest to enable interrupts."""
+
+
+@dataclass
+class InterruptWindow:
+    """When an interrupt that the guest does not take yet is offered again; part of a snapshot.
+
+    Attributes:
+        size: bytes of code until the next look.
+        look_at: the count of executed bytes at which that is.
+    """
+
+    size: Annotated[int, msgspec.Meta(ge=WINDOW_FIRST, le=WINDOW_MAX)] = WINDOW_FIRST
+    look_at: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
 
 
 @dataclass
@@ -65,7 +81,7 @@ class VcpuLoop:
         self._between = between
         self._crash_report = crash_report
         self._outcome: Outcome | None = None
-        self._window = WINDOW_FIRST
+        self.window = InterruptWindow()
 
     def stop(self, outcome: Outcome) -> None:
         """End the run with `outcome` as soon as the guest is between two instructions.
@@ -148,16 +164,26 @@ class VcpuLoop:
             self._wait()
 
     def _offer_interrupt(self) -> None:
-        """Deliver the pending interrupt if the guest takes it now, or look again soon."""
-        if not self._cpu.interruptible():
-            self._slice = self._window
-            self._window = min(self._window * 2, WINDOW_MAX)
-            return
-        self._window = WINDOW_FIRST
-        self.stats.interrupts += 1
-        self._delivered(self._cpu.inject(self._irqchip.acknowledge()))
-        if self._irqchip.pending():
-            self._slice = WINDOW_FIRST
+        """Deliver the pending interrupt if the guest takes it now, or look again later.
+
+        When to look again is a count of executed bytes and not "when the loop comes by": with a
+        virtual clock the guest must be interrupted at the same instruction however often the
+        machine is stopped in between.
+        """
+        cpu, window = self._cpu, self.window
+        if not cpu.halted and cpu.executed < window.look_at:
+            self._slice = window.look_at - cpu.executed
+        elif cpu.interruptible():
+            window.size, window.look_at = WINDOW_FIRST, 0
+            self.stats.interrupts += 1
+            self._delivered(cpu.inject(self._irqchip.acknowledge()))
+            if self._irqchip.pending():
+                window.look_at = cpu.executed + WINDOW_FIRST
+                self._slice = WINDOW_FIRST
+        else:
+            self._slice = window.size
+            window.look_at = cpu.executed + window.size
+            window.size = min(window.size * 2, WINDOW_MAX)
 
     def _delivered(self, stop: Stop | None) -> None:
         if stop is not None:

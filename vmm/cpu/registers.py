@@ -117,7 +117,7 @@ class Registers:
             fpu_status=engine.read(REG.UC_X86_REG_FPSW) & 0xFFFF,
             fpu_tags=engine.read(REG.UC_X86_REG_FPTAG) & 0xFFFF,
             mxcsr=engine.read(REG.UC_X86_REG_MXCSR) & 0xFFFF,
-            vectors=[engine.read_wide(REG.UC_X86_REG_YMM0 + i, 32).hex() for i in range(16)],
+            vectors=[engine.read_wide(REG.UC_X86_REG_XMM0 + i, 16).hex() for i in range(16)],
             halted=halted,
             interrupt_shadow=bool(hidden & H_SHADOW),
         )
@@ -203,8 +203,10 @@ class Registers:
         engine.write(REG.UC_X86_REG_FPTAG, state.fpu_tags)
         engine.write(REG.UC_X86_REG_MXCSR, state.mxcsr)
         for index in range(16):
-            value = bytes.fromhex(state.vectors[index]) if state.vectors else bytes(32)
-            engine.write_wide(REG.UC_X86_REG_YMM0 + index, value)
+            value = bytes.fromhex(state.vectors[index]) if state.vectors else bytes(16)
+            # The engine's upper halves hold whatever it worked on last, but without AVX no guest
+            # can see them: they are zeroed here and never saved.
+            engine.write_wide(REG.UC_X86_REG_YMM0 + index, value.ljust(32, b"\0"))
         for number, reset in self._msr_reset.items():
             engine.write_msr(number, state.msrs.get(number, reset))
 

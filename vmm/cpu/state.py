@@ -90,7 +90,7 @@ class CpuState:
     """The tag word with two bits for each physical register."""
     mxcsr: int = 0x1F80
     vectors: list[str] = field(default_factory=list)
-    """YMM0..YMM15, each 32 bytes in hexadecimal, least significant first; empty: zero."""
+    """XMM0..XMM15, each 16 bytes in hexadecimal, least significant first; empty: zero."""
     halted: bool = False
     """The vCPU executed HLT and waits for an interrupt."""
     interrupt_shadow: bool = False

@@ -73,7 +73,7 @@ def validate(state: CpuState, msrs: Collection[int]) -> None:
         _number(f"{name}.base", table.base, U64)
         _number(f"{name}.limit", table.limit, U32)
     _wide("x87", state.x87, 8, 10)
-    _wide("vectors", state.vectors, 16, 32)
+    _wide("vectors", state.vectors, 16, 16)
     _require(isinstance(state.msrs, dict), "msrs", "not a table")
     for number, value in state.msrs.items():
         _require(number in msrs, "msrs", f"{number!r} is no register that this CPU keeps")
