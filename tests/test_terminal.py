@@ -11,13 +11,14 @@ import signal
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli_rig import FLOOD, environment, faulty
 from vmm.terminal import ESCAPE, EscapeParser
 
 
@@ -41,11 +42,13 @@ def test_how_keys_are_cut_makes_no_difference(parts: list[bytes]) -> None:
 class Screen:
     """A command on a pseudo-terminal."""
 
-    def __init__(self, *arguments: str, cwd: Path) -> None:
+    def __init__(
+        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+    ) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(cwd)
-            os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+            os.environ.update(environment() if env is None else env)
             os.execv(sys.executable, [sys.executable, "-m", "vmm", *arguments])
         self.seen = b""
 
@@ -87,8 +90,10 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screen(*arguments: str, cwd: Path) -> Iterator[Screen]:
-    opened = Screen(*arguments, cwd=cwd)
+def screen(
+    *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+) -> Iterator[Screen]:
+    opened = Screen(*arguments, cwd=cwd, env=env)
     try:
         yield opened
     finally:
@@ -145,11 +150,58 @@ def test_escape_twice_sends_it_to_the_guest(tmp_path: Path) -> None:
         assert s.end() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_terminal_is_given_back_after_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     with screen("boot", "counter", "--mem", "16M", cwd=tmp_path) as s:
         before = s.modes()
         s.expect(b"counter 1\r\n")
         os.kill(s.pid, number)
         assert s.end() == 130
+        assert s.modes() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"), [("WillNotSleep", b"no sleep tonight"), ("WillNotWake", b"too early")]
+)
+def test_a_device_that_refuses_to_sleep_or_wake(
+    tmp_path: Path, model: str, complaint: bytes
+) -> None:
+    options = ("--device", f"faulty:{model}", "--mem", "16M")
+    with screen("boot", "counter", *options, cwd=tmp_path, env=faulty(tmp_path)) as s:
+        s.expect(b"counter 1\r\n")
+        s.type(b"\x01s")
+        if model == "WillNotWake":
+            s.expect(b"suspended")
+            s.type(b"\x01s")
+        s.expect(complaint)
+        s.expect(b"counter \\d+\r\n")
+        s.type(b"\x01x")
+        assert s.end() == 0
+
+
+def test_the_menu_works_when_the_guest_takes_no_input(tmp_path: Path) -> None:
+    with screen("boot", "counter", "--mem", "16M", cwd=tmp_path) as s:
+        s.expect(b"counter 1\r\n")
+        for _ in range(100):
+            s.type(b"x" * 1000)
+            s.expect(b"counter" if select.select([s.fd], [], [], 0)[0] else b"")
+        s.expect(b"input is dropped")
+        s.type(b"\x01i")
+        s.expect(b"running for")
+        s.type(b"\x01x")
+        assert s.end() == 0
+
+
+def test_the_menu_works_when_the_screen_stands_still(tmp_path: Path) -> None:
+    (tmp_path / "flood.bin").write_bytes(FLOOD)
+    with screen("boot", "flood.bin", cwd=tmp_path) as s:
+        before = s.modes()
+        s.expect(b"A")
+        time.sleep(1.5)  # nobody reads the screen now
+        s.type(b"\x01x")
+        end = time.monotonic() + 30
+        while os.waitpid(s.pid, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        s.pid = 0
         assert s.modes() == before

@@ -1,0 +1,274 @@
+"""Where output goes when its reader stalls, is full or was never there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import guests
+from cli_rig import FLOOD, READ_E00, VMM, environment, faulty, finish, run, start
+from vmm.cli.output import LINE, Outputs, clean
+
+
+@pytest.fixture
+def flood(tmp_path: Path) -> str:
+    """A guest that prints for ever."""
+    (tmp_path / "flood.bin").write_bytes(FLOOD)
+    return str(tmp_path / "flood.bin")
+
+
+@pytest.fixture
+def stalled() -> Iterator[int]:
+    """The writing end of a pipe that is full and that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for size in (4096, 1):
+        try:
+            while True:
+                os.write(writer, bytes(size))
+        except BlockingIOError:
+            pass
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+# A reader that stalls.
+
+
+def test_the_time_out_comes_although_nobody_reads(flood: str, stalled: int) -> None:
+    status, _, err = run("boot", flood, "--timeout", "1", stdout=stalled)
+    assert status == 8
+    assert b"the guest ran for 1 s" in err
+    assert b"dropped" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_come_although_nobody_reads(
+    flood: str, stalled: int, number: signal.Signals
+) -> None:
+    process = start("boot", flood, stdout=stalled)
+    time.sleep(1.5)
+    process.send_signal(number)
+    assert finish(process, 20)[0] == 130
+
+
+def test_the_time_out_comes_although_nobody_reads_the_log(tmp_path: Path, stalled: int) -> None:
+    (tmp_path / "e9.bin").write_bytes(bytes.fromhex("66bae900b041eeebfd"))
+    process = start(
+        *("boot", f"{tmp_path}/e9.bin", "--debug-console", "stderr", "--timeout", "1"),
+        stderr=stalled,
+    )
+    assert finish(process, 20)[0] == 8
+
+
+def test_the_guest_waits_for_its_reader(flood: str) -> None:
+    """It is stopped, not let run on with its output thrown away."""
+    process = start("boot", flood, "--timeout", "20")
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"A"
+    time.sleep(1.5)
+
+    def used() -> int:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = used()
+    time.sleep(1.0)
+    assert used() - before < os.sysconf("SC_CLK_TCK") // 2
+    for _ in range(10):
+        assert process.stdout.read(1 << 16) == b"A" * (1 << 16)
+    process.send_signal(signal.SIGTERM)
+    status, rest, _ = finish(process)
+    assert status == 130
+    assert set(rest) <= set(b"A")
+
+
+def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
+    image = tmp_path / "counter.bin"
+    image.write_bytes(guests.patched("counter", limit=20_000, delay=1))
+    process = start("boot", str(image))
+    assert process.stdout is not None
+    time.sleep(1.5)
+    out = b""
+    while data := process.stdout.read(4096):
+        out += data
+    assert process.wait(60) == 0
+    assert out == b"".join(b"counter %d\n" % n for n in range(1, 20_001))
+
+
+def test_standard_output_that_does_not_block(flood: str) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = start("boot", flood, "--timeout", "2", stdout=writer)
+    os.close(writer)
+    time.sleep(1.5)
+    got = 0
+    while data := os.read(reader, 1 << 16):
+        got += len(data)
+    os.close(reader)
+    assert finish(process)[0] == 8
+    assert got > 1 << 16
+
+
+# Places that take nothing.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["boot", "hello", "--json"], 2),
+        (["boot", "hello"], 2),
+        (["jail"], 2),
+        (["guests"], 2),
+        (["boot", "--help"], 2),
+    ],
+)
+def test_full_standard_output(arguments: list[str], status: int) -> None:
+    with open("/dev/full", "wb") as full:
+        got, _, err = run(*arguments, stdout=full)
+    assert got == status
+    assert err.count(b"\n") == 1, err
+    assert b"No space left" in err
+
+
+@pytest.mark.parametrize("arguments", [["boot", "hello", "--stats"], ["boot", "hello"]])
+def test_full_standard_error(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        got, out, _ = run(*arguments, stderr=full)
+    assert (got, out) == (0, b"Hello from the guest!\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("boot default >&-", 0),
+        ("boot default <&- >&- 2>&-", 0),
+        ("boot counter 2>&- --timeout 1", 8),
+        ("boot no-such-file 2>&-", 2),
+        ("fly 2>&-", 2),
+        ("boot hello --json >&-", 0),
+        ("jail >&-", 0),
+    ],
+)
+def test_closed_descriptors(command: str, status: int) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {' '.join(VMM)} {command}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == status, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_no_machine_descriptor_takes_a_standard_number(closed: int) -> None:
+    process = start("boot", "spin", "--timeout", "30", preexec_fn=lambda: os.close(closed))
+    try:
+        time.sleep(1.5)
+        assert os.readlink(f"/proc/{process.pid}/fd/{closed}") == "/dev/null"
+    finally:
+        process.terminate()
+        finish(process)
+
+
+# Text of devices is no terminal control.
+
+
+def test_what_is_printed_for_people_is_clean() -> None:
+    assert clean("a\x1b[31mb\r\nc\x07\u202e\udcffd") == "a?[31mb??c???d"
+    assert clean("one\ttwo") == "one     two"
+    assert clean("grün ✓") == "grün ✓"
+    long = clean("z" * 5000)
+    assert len(long) <= LINE
+    assert long.endswith("...")
+
+
+def test_devices_cannot_write_escape_sequences(tmp_path: Path) -> None:
+    (tmp_path / "read.bin").write_bytes(READ_E00)
+    status, _, err = run(
+        *("boot", f"{tmp_path}/read.bin", "--device", "faulty:Escapes", "--timeout", "20"),
+        env=faulty(tmp_path),
+    )
+    assert status == 6
+    assert b"boo" in err
+    assert b"two" in err
+    assert b"\x1b" not in err
+    assert b"\x07" not in err
+    assert not [line for line in err.split(b"\r\n") if line.startswith(b"vmm: three")]
+    assert max(map(len, err.splitlines())) < LINE + 100
+
+
+# The queue itself.
+
+
+@pytest.fixture
+def outputs() -> Iterator[tuple[Outputs, Callable[[], int]]]:
+    calls: list[None] = []
+    made = Outputs(lambda: calls.append(None))
+    yield made, lambda: len(calls)
+    made.close()
+
+
+def test_the_queue_is_bounded(
+    outputs: tuple[Outputs, Callable[[], int]], stalled: int, tmp_path: Path
+) -> None:
+    queue, _ = outputs
+    assert not queue.full
+    while not queue.write(stalled, bytes(4096)):
+        pass
+    assert queue.full
+    assert queue.pending() <= 1 << 20
+    for _ in range(40):
+        queue.write(stalled, bytes(1 << 20))
+    assert queue.pending() <= 20 << 20
+    assert not queue.drain(0.05)
+    with open(tmp_path / "other", "wb") as other:
+        queue.write(other.fileno(), b"another place has its own queue")
+        assert queue.drain(10, other.fileno())
+    assert (tmp_path / "other").read_bytes() == b"another place has its own queue"
+
+
+def test_room_again_wakes_the_machine(outputs: tuple[Outputs, Callable[[], int]]) -> None:
+    queue, woken = outputs
+    reader, writer = os.pipe()
+    sent = 0
+    while not queue.write(writer, bytes(4096)):
+        sent += 1
+    thread = threading.Thread(target=lambda: [os.read(reader, 1 << 16) for _ in range(3)])
+    thread.start()
+    end = time.monotonic() + 30
+    while queue.full:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert woken()
+    os.close(reader)
+    thread.join()
+    queue.drain(10)
+    os.close(writer)
+
+
+def test_a_broken_pipe_is_told_and_no_more_is_kept(
+    outputs: tuple[Outputs, Callable[[], int]],
+) -> None:
+    queue, woken = outputs
+    reader, writer = os.pipe()
+    os.close(reader)
+    queue.write(writer, b"x")
+    assert queue.drain(10)
+    assert isinstance(queue.failure(writer), BrokenPipeError)
+    assert woken()
+    assert not queue.write(writer, bytes(1 << 20))
+    assert queue.pending() == 0
+    os.close(writer)

@@ -1,0 +1,91 @@
+"""The event loop: waits of any length, and who is called."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from time import monotonic
+
+import pytest
+
+from vmm.events import FAR, EventLoop
+
+
+@pytest.fixture
+def kicked() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def loop(kicked: threading.Event) -> Iterator[EventLoop]:
+    made = EventLoop(kicked.set)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("seconds", [3e6, 1e10, 1e300])
+def test_far_timers_do_not_break_a_wait(loop: EventLoop, seconds: float) -> None:
+    loop.call_at(monotonic() + seconds, lambda: pytest.fail("too early"))
+    loop.interrupt()
+    assert loop.poll(None)
+    assert not loop.poll(0.01)
+    loop.interrupt()
+    assert loop.poll(seconds)
+
+
+@pytest.mark.parametrize("seconds", [3e6, 1e10, 1e300])
+def test_far_timers_do_not_break_the_watcher(
+    loop: EventLoop, kicked: threading.Event, seconds: float
+) -> None:
+    loop.call_at(monotonic() + seconds, lambda: None)
+    loop.guest_due = lambda: monotonic() + seconds
+    loop.watch()
+    assert not kicked.wait(0.2)
+    loop.interrupt()
+    assert kicked.wait(30)
+
+
+def test_a_timer_planned_later_is_not_missed(loop: EventLoop, kicked: threading.Event) -> None:
+    loop.call_at(monotonic() + 1e10, lambda: None)
+    loop.watch()
+    ran: list[None] = []
+    loop.call_at(monotonic() + 0.05, lambda: ran.append(None))
+    assert kicked.wait(30)
+    while not ran:
+        loop.poll(None)
+
+
+def test_a_wait_that_leaves_the_guest_out(loop: EventLoop) -> None:
+    """The guest's overdue timer is no reason to come back when the guest may not run."""
+    loop.guest_due = lambda: 0.0
+    assert not loop.poll(None)
+    timer = monotonic() + 0.2
+    ran: list[None] = []
+    loop.call_at(timer, lambda: ran.append(None))
+    while not ran:
+        loop.poll(None, guest=False)
+        assert monotonic() >= timer
+    loop.guest_due = lambda: FAR
+
+
+def test_descriptors(loop: EventLoop) -> None:
+    reader, writer = os.pipe()
+    seen: list[bytes] = []
+    loop.add(reader, lambda: seen.append(os.read(reader, 10)))
+    assert not loop.poll(0.0)
+    os.write(writer, b"x")
+    assert loop.poll(None)
+    assert seen == [b"x"]
+    loop.remove(reader)
+    loop.remove(reader)
+    os.write(writer, b"y")
+    assert not loop.poll(0.0)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_cancelled_timers_do_not_run(loop: EventLoop) -> None:
+    timer = loop.call_at(monotonic(), lambda: pytest.fail("cancelled"))
+    timer.cancel()
+    assert not loop.poll(0.0)

@@ -1,0 +1,43 @@
+"""Files that the user names: read whole, but not without bound."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from devices.errors import UserError
+
+REGULAR = 1 << 30
+"""The most bytes of a file; kernels with their debugging information have some hundred MiB."""
+STREAM = 256 << 20
+"""The most bytes of what has no size beforehand: pipes, terminals, /dev/zero."""
+_CHUNK = 1 << 20
+
+
+def read_file(path: str, what: str) -> bytes:
+    """The whole content.
+
+    Args:
+        what: what it is to the user, for the message: "image", "module".
+
+    Raises:
+        UserError: it cannot be read, or is larger than `REGULAR` or `STREAM`.
+    """
+    if not path:
+        raise UserError(f"the name of the {what} is empty")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            regular = stat.S_ISREG(status.st_mode)
+            limit = REGULAR if regular else STREAM
+            data = bytearray()
+            while len(data) <= limit and status.st_size <= REGULAR:
+                chunk = file.read(_CHUNK)
+                if not chunk:
+                    return bytes(data)
+                data += chunk
+    except IsADirectoryError:
+        raise UserError(f"{what} {path}: is a directory, and a file is wanted") from None
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}") from error
+    raise UserError(f"{what} {path}: more than {limit >> 20} MiB")
