@@ -8,14 +8,15 @@ from typing import Any
 _RAW = argparse.RawDescriptionHelpFormatter
 
 BOOT_EXAMPLES = """\
-the image is a flat binary, an ELF executable (32 or 64 bits), a Multiboot 1 kernel, or the name
-of a built-in guest (python -m vmm guests); without one the built-in default guest boots.
+the image is a Linux kernel (bzImage or vmlinux), a Multiboot 1 kernel, an ELF executable (32 or 64
+bits), a boot sector, a flat binary, or the name of a built-in guest (python -m vmm guests); without
+one the built-in default guest boots.
 
 on a terminal, Ctrl-A h shows the escape menu: quit, suspend, snapshot, status.
 
 examples:
   python -m vmm boot
-  python -m vmm boot kernel.elf --mem 256M --append "debug"
+  python -m vmm boot vmlinuz --initrd initramfs.cpio.gz --append console=ttyS0 --mem 256M
   python -m vmm boot code.bin --load-addr 0x7000 --mode 64 --timeout 10
   python -m vmm boot counter --snapshot snap --snapshot-at "count 100"
   python -m vmm boot guest.bin --device echo,addr=0xF00,name=second
