@@ -33,14 +33,16 @@ def load(model: str) -> type[Device]:
     """
     target = MODELS.get(model, model)
     module_name, _, class_name = target.partition(":")
-    if not class_name:
+    if not (module_name and class_name):
         raise UserError(f"unknown device model '{model}'; there are {', '.join(sorted(MODELS))}")
     try:
         found: Any = importlib.import_module(module_name)
         for part in class_name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"device model '{model}' cannot be loaded: {error}") from error
+    except Exception as error:
+        # Not only ImportError: a module from elsewhere fails in ways of its own.
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"device model '{model}' cannot be loaded: {text}") from error
     if not (isinstance(found, type) and issubclass(found, Device)):
         raise UserError(f"device model '{model}' is not a subclass of devices.contract.Device")
     return found

@@ -55,6 +55,8 @@ class Accesses:
         counts: accesses by tube and by lane since the start.
         settled: whether the child has carried out all that was posted, as far as is known.
         settle: a command was sent whose answer comes after all that was posted.
+        look: whether anything posted may still be on its way; the next write that is posted is
+            told by `Link.on_posted`, once until the next look.
         gate: refuse accesses (as `Misuse`) while the device sleeps (False), or take them again.
     """
 
@@ -62,6 +64,7 @@ class Accesses:
     counts: Callable[[], tuple[int, int]]
     settled: Callable[[], bool]
     settle: Callable[[], None]
+    look: Callable[[], bool]
     gate: Callable[[bool], None]
 
     def __init__(self, link: Link, shape: m.Shape, shared: MachineLane) -> None:
@@ -79,7 +82,7 @@ class Accesses:
         dont_wait, spins, fence = socket.MSG_DONTWAIT, range(SPINS), threading.Lock()
         tubed = head = dozing = 0
         limit = slots
-        is_open = posted = False
+        is_open = posted = watched = False
 
         def changed() -> None:
             nonlocal is_open, dozing
@@ -97,6 +100,11 @@ class Accesses:
             if posted and is_open:
                 posted = words[tail_word] != head
             return not posted
+
+        def look() -> bool:
+            nonlocal watched
+            watched = False
+            return not settled()
 
         def asleep(*_: object) -> int:
             raise Misuse(f"an access to '{link.name}', which is asleep")
@@ -189,8 +197,11 @@ class Accesses:
                 return slow_read(size, None, bytes(buffer[:got]))
 
             def write(offset: int, size: int, value: int) -> None:
-                nonlocal tubed, head, posted
+                nonlocal tubed, head, posted, watched
                 posted = True
+                if not watched:
+                    watched = True
+                    link.on_posted()
                 if not is_open and not tubed & _TICK:
                     tick()
                 if is_open and (head < limit or make_room()):
@@ -226,7 +237,7 @@ class Accesses:
 
         shared.on_change = changed
         self.counts, self.gate = counts, gate
-        self.settle, self.settled = settle, settled
+        self.settle, self.settled, self.look = settle, settled, look
         self.handlers = tuple(
             region(index, each.start or 0) for index, each in enumerate(shape.regions)
         )

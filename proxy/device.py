@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from devices.bus import ADDRESS_LIMIT, ALL_ONES, BusDevice, BusType, Range
+from devices.bus import ALL_ONES, BusDevice, BusType, Range
 from devices.contract import Region
 from devices.errors import DeviceError, DeviceFailure
 from devices.pci.contract import CONFIG_REGISTERS, BarInfo, ConfigWriteResult, RegionRange
@@ -19,17 +20,15 @@ from proxy.events import ProxyEvents
 from proxy.link import Link
 from proxy.machine_lane import MachineLane
 from proxy.placement import Placement
-from proxy.session import State
-from proxy.shape import ClaimedRange, Shape
+from proxy.session import SPONTANEOUS, State
+from proxy.shape import ClaimedRange, Shape, wrong_shape
 
 DEADLINE = 5.0
 """Seconds that the machine waits for any answer of a child."""
 DRAIN_AT_ONCE = 256
 """Upcalls that one `drain` handles at most."""
-MAX_REGIONS = 64
 
 _CONFIG_BYTES = 4 * CONFIG_REGISTERS
-_SPACE = {BusType.PIO: 1 << 16, BusType.MMIO: ADDRESS_LIMIT}
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,9 @@ class ProxyDevice:
             answer = link.ask(m.Activate())
             assert isinstance(answer, m.Activated)
             self.shape = answer.shape
-            wrong = _wrong_shape(answer.shape, expected)
+            wrong = wrong_shape(answer.shape, expected)
             if wrong:
-                link.fail(wrong, "Activate")
+                link.fail(f"broke the protocol: {wrong}", "Activate")
                 link.check()
             self.lane = MachineLane(link, child.lane if answer.lane else -1, placement)
             self._accesses = Accesses(link, answer.shape, self.lane)
@@ -239,6 +238,19 @@ class ProxyDevice:
         """
         self._access(m.Sync())
 
+    def watch_writes(self, posted: Callable[[], None]) -> None:
+        """Have `posted` called, in the middle of the access, when `look_after` has work again."""
+        self._link.on_posted = posted
+
+    def look_after(self) -> None:
+        """See that what was posted gets done: one that hangs in a write fails, as in a read.
+
+        Waits for the child, at most the deadline, and only if it owes something. After this the
+        next posted write is told once (`watch_writes`). Not for the middle of an access.
+        """
+        if self._accesses.look() and self._link.session.state in SPONTANEOUS:
+            self.sync()
+
     def drain(self) -> bool:
         """Handle waiting upcalls, at most `DRAIN_AT_ONCE`; whether more may wait."""
         return self._link.drain(DRAIN_AT_ONCE)
@@ -354,23 +366,3 @@ def _tie(link: Link, shared: MachineLane, accesses: Accesses) -> None:
         accesses.gate(True)  # a closed tube refuses for itself
 
     link.on_sent, link.on_stopped = sent, stopped
-
-
-def _wrong_shape(shape: Shape, expected: Shape | None) -> str:
-    """Why a child's shape cannot be taken; "" if it can."""
-    if expected is not None and shape != expected:
-        return "broke the protocol: it is not of the shape that its model declares"
-    if len(shape.regions) > MAX_REGIONS:
-        return f"broke the protocol: {len(shape.regions)} regions"
-    for region in shape.regions:
-        if not 0 < region.length <= _SPACE[region.bus]:
-            return f"broke the protocol: region '{region.name}' of {region.length} bytes"
-        if region.start is not None and not 0 <= region.start <= _SPACE[region.bus] - region.length:
-            return f"broke the protocol: region '{region.name}' leaves its space"
-    for info in shape.bars:
-        if not 0 <= info.region < len(shape.regions) or not shape.is_pci:
-            return f"broke the protocol: BAR {info.bar} maps no region"
-        mapped = shape.regions[info.region]
-        if (mapped.bus, mapped.length) != (info.bus, info.size):
-            return f"broke the protocol: BAR {info.bar} is not like its region"
-    return ""

@@ -63,6 +63,8 @@ class Link:
         """Told of the failure; not set before the child is a device."""
         self.on_sent: Callable[[], None] = lambda: None
         """Told after each command, except the accesses and those of the lane."""
+        self.on_posted: Callable[[], None] = lambda: None
+        """Told of the first posted write after each look at them, see `Accesses.look`."""
         self.on_stopped: Callable[[], None] = lambda: None
         """Told before the tube is closed."""
         self.tube = child.tube

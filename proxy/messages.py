@@ -8,7 +8,7 @@ command's class names the class of its reply; None means that it is posted.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from devices.pci.contract import ConfigWriteResult
@@ -384,18 +384,16 @@ class LastWords(TextMessage, frozen=True):
     opcode = 0x87
 
 
-def _table(classes: Iterable[type[Message]]) -> dict[int, type[Message]]:
-    return {each.opcode: each for each in classes}
+_ALL = [each for each in globals().values() if isinstance(each, type) and issubclass(each, Message)]
 
 
-_ALL = [
-    each
-    for each in list(globals().values())
-    if isinstance(each, type) and issubclass(each, Message) and each.opcode
-]
-COMMANDS: Mapping[int, type[Message]] = _table(m for m in _ALL if m.opcode < 0x40)
-REPLIES: Mapping[int, type[Message]] = _table(m for m in _ALL if 0x40 <= m.opcode < 0x80)
-UPCALLS: Mapping[int, type[Message]] = _table(m for m in _ALL if m.opcode >= 0x80)
+def _table(first: int, end: int) -> Mapping[int, type[Message]]:
+    return {each.opcode: each for each in _ALL if first <= each.opcode < end}
+
+
+COMMANDS = _table(0x01, 0x40)
+REPLIES = _table(0x40, 0x80)
+UPCALLS = _table(0x80, 0x100)
 FROM_CHILD: Mapping[int, type[Message]] = {**REPLIES, **UPCALLS}
 
 __all__ = ["MAX_BYTES", "MAX_MESSAGE", "MAX_TEXT", "ClaimedRange", "Message", "Shape", "decode"]

@@ -57,6 +57,7 @@ _KEEP_DESTROYED: tuple[type[m.Message], ...] = (
     m.ReadVirtualConfig,
     m.WriteVirtualConfig,
     m.GetRanges,
+    m.Sync,
     m.DestroyDevice,
     m.LaneClose,
 )

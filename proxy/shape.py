@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from devices.bus import BusType, Range
+from devices.bus import ADDRESS_LIMIT, BusType, Range
 from devices.contract import Region
 from devices.pci.contract import BarInfo
+
+MAX_REGIONS = 64
+ISA_LINES = frozenset(range(16)) - {2}
+"""The interrupt lines that a device may be wired to; 2 is the wire between the two 8259."""
+
+_SPACE = {BusType.PIO: 1 << 16, BusType.MMIO: ADDRESS_LIMIT}
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,3 +30,31 @@ class ClaimedRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     region: int
     bus: BusType
     range: Range
+
+
+def wrong_shape(shape: Shape, expected: Shape | None = None) -> str:
+    """Why no device can be of this shape; "" if one can.
+
+    Args:
+        expected: the only shape that will do, if there is one.
+    """
+    if expected is not None and shape != expected:
+        return "it is not of the shape that its model declares"
+    if len(shape.regions) > MAX_REGIONS:
+        return f"{len(shape.regions)} regions"
+    for region in shape.regions:
+        # As Python writes it: the name is the device's, the terminal is ours.
+        name, space = repr(region.name)[:40], _SPACE[region.bus]
+        if not 0 < region.length <= space:
+            return f"region {name} of {region.length} bytes"
+        if region.start is not None and not 0 <= region.start <= space - region.length:
+            return f"region {name} leaves its space"
+        if region.irq is not None and region.irq not in ISA_LINES:
+            return f"region {name} wants interrupt line {region.irq}"
+    for info in shape.bars:
+        if not 0 <= info.region < len(shape.regions) or not shape.is_pci:
+            return f"BAR {info.bar} maps no region"
+        mapped = shape.regions[info.region]
+        if (mapped.bus, mapped.length) != (info.bus, info.size):
+            return f"BAR {info.bar} is not like its region"
+    return ""

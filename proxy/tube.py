@@ -128,6 +128,7 @@ def receive_datagram(end: socket.socket, count: int = 0, flags: int = 0) -> tupl
     Raises:
         TubeClosed: the peer is gone.
         BlockingIOError: nothing came (by `flags`, or within the receive deadline).
+        OSError: EMFILE: there was no room for its descriptors in this process.
         ProtocolFault: it is oversized, or carries more descriptors; none is kept open.
     """
     room = socket.CMSG_SPACE(4 * count) if count else 0
@@ -142,6 +143,8 @@ def receive_datagram(end: socket.socket, count: int = 0, flags: int = 0) -> tupl
     # CMSG_SPACE rounds up, so that one descriptor more than asked for may fit.
     if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > count:
         close_all(fds)
+        if got & socket.MSG_CTRUNC and len(fds) < count:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         what = "descriptors" if got & socket.MSG_CTRUNC or fds else "bytes"
         raise ProtocolFault(f"a datagram with more {what} than it may have")
     if not data:
@@ -178,7 +181,7 @@ class Tube:
         """Receive one whole message and its descriptors, which the caller owns.
 
         Raises:
-            TubeClosed, ProtocolFault: see `receive_datagram`.
+            TubeClosed, ProtocolFault, OSError: see `receive_datagram`.
             BlockingIOError: nothing came within the receive deadline.
         """
         data, _ = receive_datagram(self.end, 0, flags)

@@ -136,6 +136,10 @@ class Warden:
         except (TubeClosed, BlockingIOError, ProtocolFault) as error:
             self._lose()
             raise DeviceError(name, "cannot be started: the warden is gone") from error
+        except OSError as error:
+            # The child's descriptors are closed already, so it ends.
+            text = f"cannot be started: {error.strerror}"
+            raise DeviceError(name, text) from error
         answer = msgspec.json.decode(data, type=Launched | NotLaunched)
         if isinstance(answer, NotLaunched):
             close_all(got)

@@ -7,6 +7,7 @@ It ends with the machine: when its control socket or the machine's process is go
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import select
@@ -188,6 +189,9 @@ class _Warden:
         except (TubeClosed, ProtocolFault):
             self._ending = True
             return
+        except OSError as error:
+            self._answer(NotLaunched(False, str(error.strerror)))
+            return
         try:
             order = msgspec.json.decode(data, type=SpawnOrder | CloseAll)
             if isinstance(order, CloseAll):
@@ -195,7 +199,7 @@ class _Warden:
             else:
                 self._launch(order, fds)
         except OSError as error:
-            self._answer(NotLaunched(False, f"cannot be started: {error}"))
+            self._answer(NotLaunched(False, error.strerror or str(error)))
         finally:
             close_all(fds)
 
@@ -207,25 +211,33 @@ class _Warden:
         build = launch.Order(order.name, order.model, order.options, factory, given)
         here, there = pair()
         setup_here, setup_there = pair()
-        heard, doorbell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        page = lane.create_page(order.name) if lane.supported() else -1
+        opened: list[int] = []
+        page = pid = -1
         try:
+            opened += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            if lane.supported():
+                page = lane.create_page(order.name)
+                opened.append(page)
             pid = fork_into_jail(self._plan)
             if pid == 0:
                 start_child(
-                    build, self._plan, setup_there, end=there, doorbell=doorbell, page_fd=page
+                    build, self._plan, setup_there, end=there, doorbell=opened[1], page_fd=page
                 )
+            pidfd = os.pidfd_open(pid)
+            opened.append(pidfd)
+            give = [here.fileno(), os.dup(pidfd), *opened[:-1]]
         except BaseException:
             here.close()
             setup_here.close()
-            close_all([heard, doorbell] + ([page] if page >= 0 else []))
+            close_all(opened)
+            if pid > 0:
+                os.kill(pid, signal.SIGKILL)  # ours, and not waited for yet: the number is right
+                os.waitpid(pid, 0)
             raise
         finally:
             there.close()
             setup_there.close()
-        pidfd = os.pidfd_open(pid)
-        give = [here.detach(), os.dup(pidfd), heard, doorbell, page]
-        give = [fd for fd in give if fd >= 0]
+        here.detach()
         start_by = monotonic() + self._deadline
         child = _Child(order.name, pid, pidfd, setup_here, give, start_by)
         self._children[pid] = child
@@ -265,7 +277,11 @@ class _Warden:
             report = msgspec.json.decode(data, type=StartReport)
         except BlockingIOError:
             return
-        except (TubeClosed, ProtocolFault, OSError, msgspec.MsgspecError):
+        except (TubeClosed, ProtocolFault, OSError, msgspec.MsgspecError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                self._refuse(child, str(error.strerror))
+                self._kill(child)
+                return
             # It is ending; its end is told by its pidfd.
             self._unwatch(child.setup.fileno())
             return

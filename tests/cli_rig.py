@@ -18,7 +18,7 @@ READ_E00 = bytes.fromhex("66ba 000e ed 90 66ba f400 b000 ee f4")
 READ_E00_FOR_EVER = bytes.fromhex("66ba 000e ed ebfd")
 """mov dx,0xe00; l: in eax,dx; jmp l"""
 
-FAULTY = '''
+FAULTY = """
 import os, time
 from devices.bus import BusType
 from devices.contract import Device, Region
@@ -57,11 +57,16 @@ class Talks(Base):
             self.host.log(f"line {number}")
         return 5
 
+class LastWords(Talks):
+    def read(self, offset, size):
+        super().read(offset, size)
+        os._exit(3)
+
 class Says(Base):
     def read(self, offset, size):
         self.host.log("somebody reads me")
         return 5
-'''
+"""
 
 
 def environment(*places: Path) -> dict[str, str]:

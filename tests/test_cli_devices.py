@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from cli_rig import READ_E00, READ_E00_FOR_EVER, environment, faulty, finish, run, start
+
 from vmm.log_limit import PER_SECOND, LogLimit
 
 
@@ -102,6 +102,17 @@ def test_a_device_that_talks_too_much_is_cut(tmp_path: Path) -> None:
     assert b"vmm: it: line 0" in lines
     assert 20 < len(lines) < 20 * PER_SECOND
     assert any(b"dropped" in line for line in lines)
+
+
+def test_a_failure_is_told_however_much_was_said_before(tmp_path: Path, read: str) -> None:
+    status, _, err = run(
+        *("boot", read, "--device", "faulty:LastWords,name=it", "--on-failure", "isolate"),
+        env=faulty(tmp_path),
+    )
+    assert status == 1
+    assert b"vmm: it: line 0\r\n" in err
+    assert b"vmm: it: line 299\r\n" not in err
+    assert b"status 3" in err
 
 
 def test_the_log_limit() -> None:

@@ -297,6 +297,28 @@ def test_only_devices_with_the_right_end_the_run() -> None:
         assert machine.run(timeout=30).guest_value == 9
 
 
+def test_time_goes_on_after_a_suspend_inside_a_run(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def meddle() -> None:
+        if not seen:
+            machine.suspend()
+            machine.resume()
+            machine.snapshot(tmp_path / "saved")
+            seen.append(machine.parts.clock.now())
+
+    with Machine(memory="16M") as machine:
+        machine.boot("counter")
+        machine.between = meddle
+        machine.parts.request_attention()
+        machine.run(timeout=0.3)
+        assert seen
+        assert machine.parts.clock.now() - seen[0] > 100_000_000
+        still = machine.parts.clock.now()
+        time.sleep(0.05)
+        assert machine.parts.clock.now() == still  # it stands still while the machine does not run
+
+
 def test_stop_from_a_callback() -> None:
     with Machine(memory="16M") as machine:
         machine.boot("counter")

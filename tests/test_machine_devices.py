@@ -168,22 +168,27 @@ def test_a_device_stuck_in_a_write_is_named_though_nobody_asks_it(guest: bytes) 
     with Machine(memory="16M", host=HostOptions(deadline=0.4)) as machine:
         machine.add_device(Stuck)
         machine.boot(guest)
+        # At the end of a run it would come out in any case.
+        late: list[str] = []
+        machine.parts.events.call_at(time.monotonic() + 20, lambda: late.append("late"))
         outcome = machine.run(timeout=30)
     assert outcome.ending is Ending.DEVICE_FAILED
     assert outcome.device == "stuck"
     assert "did not answer within 0.4 s" in outcome.detail
+    assert not late
 
 
 def test_a_machine_that_idles_is_left_alone() -> None:
     with Machine(memory="16M", host=HostOptions(deadline=0.1)) as machine:
-        machine.boot(bytes.fromhex("66ba1005eefbf4ebfd"))  # a byte to echo, then sleep
+        machine.boot(OUT_AND_HALT.replace(b"\0\x0e", b"\xc0\x0e"))  # to echo
         assert machine.run(timeout=2).ending is Ending.TIMEOUT
-        assert machine.parts.vcpu.stats.idle_waits < 10
+        # One wait ends with the look after what was posted, one with the time-out.
+        assert 2 <= machine.parts.vcpu.stats.idle_waits < 10
 
 
 def test_a_suspended_device_is_not_asked() -> None:
     with Machine(memory="16M", host=HostOptions(deadline=0.1)) as machine:
-        machine.boot(OUT_AND_SPIN.replace(b"\0\x0e", b"\x10\x05"))
+        machine.boot(OUT_AND_SPIN.replace(b"\0\x0e", b"\xc0\x0e"))
         machine.run(budget=2000)
         machine.suspend()
         end = time.monotonic() + 0.3
@@ -205,7 +210,7 @@ def test_a_device_without_a_process_is_never_silent() -> None:
         machine.build()
         assert "debug-exit" not in machine.parts.jail_line
     with Machine(memory="16M") as machine:
-        machine.add_device("echo", "mine", isolated=False, addr=0x600)
+        machine.add_device("echo", "mine", isolated=False, addr=0x700)
         machine.add_device(InProcess, "other", isolated=False)
         machine.build()
         assert "'mine', 'other'" in machine.parts.jail_line
@@ -257,7 +262,7 @@ def test_a_state_that_is_no_plain_value_is_that_devices_error(
     with Machine(memory="16M") as machine:
         machine.add_device(kind, "mine", isolated=False)
         machine.boot("hello")
-        with pytest.raises(DeviceError, match="device 'mine'.*save"):
+        with pytest.raises(DeviceError, match=r"device 'mine'.*save"):
             machine.snapshot(tmp_path / "saved")
         assert not list(tmp_path.iterdir())
         assert machine.run(timeout=30).ending is Ending.HALTED
@@ -308,18 +313,22 @@ except (UserError, DeviceError) as error:
 def test_too_many_open_files_is_said_in_these_words(limit: int) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 100
     done = subprocess.run(
-        [sys.executable, "-c", FEW_FILES, str(limit)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FEW_FILES, str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert "too many open files" in done.stdout.lower(), done
     assert done.stdout.lower().count("cannot be started") <= 1
     assert not done.stderr
 
 
-def test_time_of_a_virtual_clock_stays_the_same_with_a_short_deadline() -> None:
+def test_a_virtual_clock_does_not_depend_on_the_deadline() -> None:
     outputs = []
-    for deadline in (0.01, 5.0):
+    for deadline in (1.0, 5.0):
         config = MachineConfig(16 << 20, default_devices(), ClockKind.VIRTUAL)
-        with Machine(config, host=HostOptions(deadline=max(deadline, 0.5))) as machine:
+        with Machine(config, host=HostOptions(deadline=deadline)) as machine:
             machine.boot("stress")
             machine.run(timeout=60)
             outputs.append((machine.output, machine.parts.cpu.executed))

@@ -38,6 +38,7 @@ SAMPLES: list[m.Message] = [
     m.Sleep(),
     m.Wake(),
     m.Input(b"\0\xff"),
+    m.Sync(),
     m.LaneOpen(1),
     m.LaneClose(),
     m.Ok(),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from proxy_helpers import SHAPE, Probe, Recorder, open_descriptors
+from proxy_helpers import SHAPE, Probe, Recorder, activate, child_of, open_descriptors
 
 from devices.bus import BusType, Range
 from devices.contract import NoOptions
@@ -405,6 +407,30 @@ def test_mapped_config_needs_no_message_and_is_current(warden: Warden, events: R
         os.kill(mapped.pid, 19)  # stopped: only shared memory can answer
         assert mapped.read_config(15) & 0xFF == 0x2A
         os.kill(mapped.pid, 18)
+
+
+def test_a_mapped_read_does_not_overtake_posted_writes() -> None:
+    """The mapping is older than what the child says once the write is done."""
+    shape = m.Shape(regions=SHAPE.regions, is_pci=True)
+
+    def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
+        activate(tube, shape)
+        tube.recv(100)
+        _, (fd,), _, _ = socket.recv_fds(tube, 100, 1)
+        registers = memoryview(mmap.mmap(fd, 256)).cast("I")
+        registers[0] = 1
+        tube.send(m.MappingResult(True).encode())
+        while data := tube.recv(100):
+            if data[0] == m.ReadConfig.opcode:
+                tube.send(m.ReadConfigResult(2).encode())
+
+    with child_of(script) as child:
+        device = ProxyDevice(child, Recorder(), deadline=5)
+        assert device.read_config(0) == 1
+        device.handlers()[0].write(0, 4, 5)
+        assert device.read_config(0) == 2
+        assert device.read_config(0) == 1  # its answer settled the write
+        device.shutdown()
 
 
 def test_no_descriptor_is_left(warden: Warden, events: Recorder) -> None:

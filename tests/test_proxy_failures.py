@@ -47,11 +47,12 @@ ACTIONS: dict[str, Callable[[ProxyDevice], object]] = {
     "wake": lambda device: device.wake(),
     "receive": lambda device: device.receive(b"abc"),
     "destroy": lambda device: device.destroy(),
+    "sync": lambda device: device.sync(),
     "drain": lambda device: device.drain(),
     "check": lambda device: device.check(),
 }
 QUIET = {"read", "write", "read_config", "write_config", "read_virtual_config", "drain", "check"}
-QUIET |= {"write_virtual_config"}
+QUIET |= {"write_virtual_config", "sync"}
 """What the guest or the machine's loop does: these never raise."""
 
 
@@ -359,8 +360,12 @@ REGION = Region("r", BusType.MMIO, 16)
         m.Shape((REGION,), True, (BarInfo(0, 0, BusType.MMIO, 32),)),
         m.Shape((REGION,), True, (BarInfo(0, 0, BusType.PIO, 16),)),
         m.Shape((REGION,), False, (BarInfo(0, 0, BusType.MMIO, 16),)),
+        m.Shape((Region("wired", BusType.MMIO, 16, 0, irq=99),)),
+        m.Shape((Region("wired", BusType.MMIO, 16, 0, irq=-3),)),
+        m.Shape((Region("wired", BusType.MMIO, 16, irq=2),)),
+        m.Shape((REGION, Region("wired", BusType.MMIO, 16, irq=16)), True),
     ],
-    ids=range(9),
+    ids=range(13),
 )
 def test_shapes_that_cannot_be(shape: m.Shape) -> None:
     def script(tube: socket.socket, bell: int, words: object) -> None:

@@ -19,6 +19,7 @@ from proxy.device import ProxyDevice
 from proxy.jail import JailMode
 from proxy.machine_lane import BURST
 from proxy.warden import Warden
+from vmm.attachment import SyncedHandler
 
 pytestmark = pytest.mark.skipif(not lane.supported(), reason="no lane on this host")
 
@@ -317,3 +318,87 @@ def test_the_page_cannot_shrink_under_the_machine() -> None:
     with pytest.raises(ValueError, match="shrink"):
         lane.check_sealed(open_fd, lane.LANE_BYTES)
     os.close(open_fd)
+
+
+# Barriers.
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])
+def test_sync_waits_for_what_was_posted(
+    device: ProxyDevice, events: Recorder, shared: bool
+) -> None:
+    (handler,) = device.handlers()
+    expected = []
+    for value in range(100):
+        if shared and value % 20 == 0:
+            device.lane.open()
+        for step in range(3):
+            handler.write(Probe.MSI, 4, 3 * value + step)
+            expected.append(("msi", 0xFEE0_0000, 3 * value + step))
+        device.sync()
+        assert events.seen == expected
+    assert bool(device.stats().lane_accesses) >= shared
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])
+def test_an_interrupt_of_a_synced_write_is_there_when_it_returns(
+    device: ProxyDevice, events: Recorder, shared: bool
+) -> None:
+    handler = SyncedHandler(device.handlers()[0], device.sync)
+    for value in range(50):
+        if shared:
+            device.lane.open()
+        handler.write(Probe.IRQ, 1, value & 1)
+        assert events.seen[-1] == ("irq", 2, bool(value & 1))
+        assert len(events.seen) == value + 1
+    handler.write(0, 4, 77)
+    assert handler.read(0, 4) == 77
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])
+def test_a_child_that_hangs_in_a_write_is_found_by_a_look(warden: Warden, shared: bool) -> None:
+    events = Recorder()
+    child = warden.spawn("stuck", "probe", {}, factory=0)
+    device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+    (handler,) = device.handlers()
+    if shared:
+        open_lane(device)
+    handler.read(0, 1)
+    os.kill(device.pid, signal.SIGSTOP)
+    device.look_after()
+    assert device.failed is None  # it owes nothing
+    handler.write(0, 4, 1)
+    device.look_after()
+    assert "did not answer within 0.2 s" in str(device.failed)
+    device.look_after()
+    assert len(events.failures) == 1
+    device.shutdown()
+
+
+def test_the_first_posted_write_after_each_look_is_told(device: ProxyDevice) -> None:
+    told: list[int] = []
+    device.watch_writes(lambda: told.append(len(told)))
+    (handler,) = device.handlers()
+    handler.read(0, 4)
+    device.look_after()
+    assert told == []
+    for look in range(1, 4):
+        for value in range(50):
+            handler.write(0, 4, value)
+            handler.read(0, 4)
+        assert len(told) == look
+        device.look_after()
+    assert len(told) == 3
+
+
+def test_looks_at_devices_that_sleep_or_are_gone(device: ProxyDevice) -> None:
+    (handler,) = device.handlers()
+    handler.write(0, 4, 1)
+    device.sleep()
+    device.look_after()
+    device.wake()
+    handler.write(0, 4, 1)
+    device.destroy()
+    handler.write(0, 4, 1)
+    device.look_after()
+    assert device.failed is None

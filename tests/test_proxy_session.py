@@ -38,6 +38,7 @@ COMMANDS: list[m.Message] = [
     m.Sleep(),
     m.Wake(),
     m.Input(b"x"),
+    m.Sync(),
     m.LaneOpen(1),
     m.LaneClose(),
 ]
@@ -60,12 +61,13 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
     m.Sleep: m.Ok,
     m.Wake: m.Ok,
     m.Input: m.InputResult,
+    m.Sync: m.Ok,
     m.LaneOpen: None,
     m.LaneClose: None,
 }
 
 NOT_AWAKE = {m.Activate, m.Read, m.Write, m.WriteConfig, m.ReadVirtualConfig}
-NOT_AWAKE |= {m.WriteVirtualConfig, m.Input, m.LaneOpen}
+NOT_AWAKE |= {m.WriteVirtualConfig, m.Input, m.Sync, m.LaneOpen}
 NOT_THERE = {m.Activate, m.InitPciConfigMapping, m.Snapshot, m.Restore, m.Sleep, m.Wake}
 NOT_THERE |= {m.Input, m.LaneOpen}
 FORBIDDEN: dict[State, set[type[m.Message]]] = {

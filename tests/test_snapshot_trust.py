@@ -9,14 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from devices.bus import BusType
-from devices.contract import Device, Region
+from devices.contract import Device, DeviceHost, Region
 from devices.errors import DeviceFailure, UserError
 from proxy.jail import JailUnavailable
 from vmm import snapshot as snapshots
@@ -37,7 +37,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(good: Path, tmp_path: Path) -> Iterator[Path]:
+def copy(good: Path, tmp_path: Path) -> Path:
     subprocess.run(["cp", "-r", "--sparse=always", str(good), str(tmp_path / "copy")], check=True)
     return tmp_path / "copy"
 
@@ -80,37 +80,38 @@ def _only_a_manifest(place: Path) -> None:
     _write(place / "manifest.json", '{"name": "App", "icons": []}')
 
 
-FOREIGN: dict[str, Callable[[Path], object]] = {
+def _instead(place: Path, make: Callable[[Path], object]) -> None:
+    """Another thing in a file's place."""
+    place.unlink()
+    make(place)
+
+
+def _devices_elsewhere(place: Path) -> None:
+    (place / "devices").rename(place.parent / "away")
+    (place / "devices").symlink_to(place.parent / "away")
+
+
+FOREIGN: dict[str, Callable[[Path], None]] = {
     "web project": _web_project,
     "manifest of another kind": _only_a_manifest,
     "manifest that is not JSON": lambda p: _write(p / "manifest.json", "]"),
-    "manifest that is a directory": lambda p: (
-        (p / "manifest.json").unlink(),
-        (p / "manifest.json").mkdir(),
-    ),
-    "manifest that is a FIFO": lambda p: (
-        (p / "manifest.json").unlink(),
-        os.mkfifo(p / "manifest.json"),
-    ),
+    "manifest that is a directory": lambda p: _instead(p / "manifest.json", Path.mkdir),
+    "manifest that is a FIFO": lambda p: _instead(p / "manifest.json", os.mkfifo),
     "no manifest": lambda p: (p / "manifest.json").unlink(),
     "one more file": lambda p: _write(p / "notes.txt"),
     "one more hidden file": lambda p: _write(p / ".git"),
     "one more directory": lambda p: (p / "src").mkdir(),
     "one more file among the devices": lambda p: _write(p / "devices" / "notes.txt"),
     "a directory among the devices": lambda p: (p / "devices" / "x.json").mkdir(),
-    "a link for its memory": lambda p: (
-        (p / "memory.bin").unlink(),
-        (p / "memory.bin").symlink_to("/dev/null"),
+    "a link for its memory": lambda p: _instead(
+        p / "memory.bin", lambda file: file.symlink_to("/dev/null")
     ),
-    "a link for its devices": lambda p: (
-        (p / "devices").rename(p.parent / "away"),
-        (p / "devices").symlink_to(p.parent / "away"),
-    ),
+    "a link for its devices": _devices_elsewhere,
 }
 
 
 @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN.keys())
-def test_a_foreign_directory_is_never_replaced(copy: Path, make: Callable[[Path], object]) -> None:
+def test_a_foreign_directory_is_never_replaced(copy: Path, make: Callable[[Path], None]) -> None:
     make(copy)
     before = sorted((str(p), p.lstat().st_ino, p.lstat().st_mtime_ns) for p in copy.rglob("*"))
     memory = GuestMemory(1 << 20)
@@ -126,9 +127,7 @@ def test_a_damaged_snapshot_may_be_replaced(copy: Path) -> None:
     (copy / "cpu.json").unlink()
     (copy / "memory.bin").write_bytes(b"")
     memory = GuestMemory(1 << 20)
-    snapshots.save(
-        copy, snapshots.Snapshot(MachineConfig(1 << 20), "test", CpuState(), {}), memory
-    )
+    snapshots.save(copy, snapshots.Snapshot(MachineConfig(1 << 20), "test", CpuState(), {}), memory)
     assert snapshots.load(copy, memory).engine == "test"
     memory.close()
 
@@ -202,9 +201,7 @@ def test_the_old_snapshot_goes_only_when_the_new_one_is_in_its_place(
 
     monkeypatch.setattr(shutil, "rmtree", spy)
     memory = GuestMemory(1 << 20)
-    snapshots.save(
-        copy, snapshots.Snapshot(MachineConfig(1 << 20), "new", CpuState(), {}), memory
-    )
+    snapshots.save(copy, snapshots.Snapshot(MachineConfig(1 << 20), "new", CpuState(), {}), memory)
     memory.close()
     assert seen == [("new", False)]
     assert os.listdir(copy.parent) == ["copy"]
@@ -223,6 +220,10 @@ class Tally(Device):
         return 9
 
 
+def _make_tally(host: DeviceHost) -> Device:
+    return Tally(host)
+
+
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\n"
 
 
@@ -233,6 +234,7 @@ def test_a_snapshot_does_not_choose_what_is_imported(
 ) -> None:
     (copy.parent / "evil_model.py").write_text(EVIL)
     monkeypatch.syspath_prepend(copy.parent)
+    monkeypatch.delitem(sys.modules, "evil_model", raising=False)
     change = {"model": "evil_model:Evil", "isolated": isolated}
     _rewrite(copy, lambda body: _device(body, "echo").update(change))
     with pytest.raises(UserError, match=r"'echo'.*evil_model:Evil.*--allow-model"):
@@ -256,7 +258,7 @@ def test_models_of_ones_own_come_back_by_name(tmp_path: Path, isolated: bool, ho
     ways: dict[str, dict[str, Any]] = {
         "class": {"models": [Tally]},
         "text": {"models": [f"{__name__}:Tally"]},
-        "factory": {"factories": {"tally": lambda host: Tally(host)}},
+        "factory": {"factories": {"tally": _make_tally}},
         "factory class": {"factories": {"tally": Tally}},
     }
     with Machine.restore(tmp_path / "saved", **ways[how]) as machine:
@@ -279,6 +281,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             timeout=60,
+            check=False,
         )
 
     boot = ["boot", "hello", "--mem", "16M", "--device", "mine:Mine"]
@@ -328,7 +331,11 @@ def test_what_is_no_file_is_named_and_not_waited_for(copy: Path, name: str, kind
         file.symlink_to("/dev/tty" if kind == "device" else "/dev/zero")
     script = "import sys; from vmm.machine import Machine; Machine.restore(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(copy)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, str(copy)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     last = done.stderr.splitlines()[-1]
     assert "UserError" in last

@@ -196,6 +196,18 @@ class Timid(Device):
         return len(data)
 
 
+def _lead_a_life(device: Device) -> None:
+    attachment = Attachment(DeviceConfig("mine", "x"), device)
+    attachment.place({BusType.PIO: Bus(BusType.PIO, 1 << 16)})
+    attachment.sleep()
+    attachment.wake()
+    attachment.snapshot()
+    attachment.restore({})
+    taker = attachment.input()
+    assert taker is not None
+    taker.receive(b"x")
+
+
 @pytest.mark.parametrize(
     "wrong", ["handlers", "regions", "sleep", "wake", "snapshot", "restore", "receive"]
 )
@@ -203,15 +215,7 @@ def test_what_a_device_without_a_process_raises_names_it(wrong: str) -> None:
     device = Timid(FakeHost())
     device.wrong = wrong
     with pytest.raises(DeviceError, match=r"device 'mine'.*cannot") as raised:
-        attachment = Attachment(DeviceConfig("mine", "x"), device)
-        attachment.place({BusType.PIO: Bus(BusType.PIO, 1 << 16)})
-        attachment.sleep()
-        attachment.wake()
-        attachment.snapshot()
-        attachment.restore({})
-        taker = attachment.input()
-        assert taker is not None
-        taker.receive(b"x")
+        _lead_a_life(device)
     assert raised.value.device == "mine"
     assert "\x1b" not in str(raised.value)
     assert isinstance(raised.value.__cause__, RuntimeError)

@@ -3,22 +3,29 @@
 `Attachment` is one configured device with its place on the buses. `LocalHost` is what a device
 in the machine's own process gets as its `DeviceHost`; for a jailed one `ProxyDevice` reports the
 same events by the same names.
+
+A device in the machine's own process is trusted: what it raises in its life (sleep, snapshot, ...)
+becomes a `DeviceError` with its name, but what it raises in an access comes up through the engine
+as what it is, a bug with a traceback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from devices import registry
 from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
 from devices.contract import Device, DeviceHost, Region, TakesInput
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.pci.contract import PciConfig
+from devices.pci.contract import BarInfo, PciConfig
+from proxy.device import ProxyDevice
+from proxy.shape import Shape, wrong_shape
 from vmm.config import DeviceConfig
 
 DeviceFactory = Callable[[DeviceHost], Device]
+_T = TypeVar("_T")
 
 
 class DeviceEvents(Protocol):
@@ -125,16 +132,69 @@ class Attachment:
     placed: list[tuple[BusType, Range]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.handlers = self.handlers or self.device.handlers()
+        self.handlers = self.handlers or self._asked("handlers", self.device.handlers)
 
     @property
     def name(self) -> str:
         return self.config.name
 
+    # The device's life. What these raise is `DeviceError`, with the name of the configuration.
+
+    def sleep(self) -> None:
+        self._asked("sleep", self.device.sleep)
+
+    def wake(self) -> None:
+        self._asked("wake", self.device.wake)
+
+    def snapshot(self) -> Any:
+        return self._asked("snapshot", self.device.snapshot)
+
+    def restore(self, saved: Any) -> None:
+        self._asked("restore", lambda: self.device.restore(saved))
+
+    def receive(self, data: bytes) -> int:
+        """Offer bytes from the outside world to a device that takes them: see `input`."""
+        return self._asked("receive", lambda: cast(TakesInput, self.device).receive(data))
+
+    def regions(self) -> tuple[Region, ...]:
+        """Its regions, of which each can be."""
+        if isinstance(self.device, ProxyDevice):
+            return self.device.regions()  # judged already
+        return self._asked("regions", self._judged_regions)
+
+    def bars(self) -> Sequence[BarInfo]:
+        """The BARs of a PCI function."""
+        function = cast(PciConfig, self.device)
+        return self._asked("bars", lambda: tuple(function.bars()))
+
+    def _judged_regions(self) -> tuple[Region, ...]:
+        regions = tuple(self.device.regions())
+        wrong = wrong_shape(Shape(regions))
+        if not wrong and len(regions) != len(self.handlers):
+            wrong = f"{len(regions)} regions and {len(self.handlers)} handlers"
+        if wrong:
+            raise DeviceError(self.name, wrong)
+        return regions
+
+    def _asked(self, what: str, call: Callable[[], _T]) -> _T:
+        if isinstance(self.device, ProxyDevice):
+            return call()  # raises nothing else, or it is our bug
+        try:
+            return call()
+        except DeviceError as error:
+            if error.device == self.name:
+                raise
+            # A model knows only what it is, not what it is called here.
+            raise DeviceError(self.name, error.reason) from error
+        except Exception as error:
+            raise DeviceError(self.name, f"{what} failed: {error!r}") from error
+
+    # What it is.
+
     def input(self) -> TakesInput | None:
         """The device as one that takes bytes from the outside world, if it does."""
         if isinstance(self.device, TakesInput) and getattr(self.device, "takes_input", True):
-            return self.device
+            return self
         return None
 
     def pci_function(self) -> PciConfig | None:
@@ -148,8 +208,9 @@ class Attachment:
 
         Raises:
             UserError: no address, or one that is taken.
+            DeviceError: regions that cannot be.
         """
-        regions = self.device.regions()
+        regions = self.regions()
         fixed = [region for region in regions if region.start is not None]
         addr = self.config.addr
         if addr is not None and (self.slot is not None or len(regions) != 1):

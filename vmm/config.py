@@ -10,10 +10,11 @@ import enum
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from devices.errors import UserError
 from proxy.jail import JailMode
+from proxy.shape import ISA_LINES
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 """Device names become file names in a snapshot, so they are kept to this."""
@@ -33,7 +34,7 @@ class DeviceConfig:
         options: the model's own options.
         isolated: whether it gets a jailed process; False keeps it in the machine's process.
         addr: where its only bus region starts; None: where the model says.
-        irq: the ISA interrupt line (0..15) of its pin; None: what the model says.
+        irq: the ISA interrupt line (0..15, not 2) of its pin; None: what the model says.
         slot: its PCI device number (1..31); None: the lowest that is free.
         may_exit: whether its exit requests are obeyed.
     """
@@ -52,12 +53,33 @@ class DeviceConfig:
             raise UserError(
                 f"device name '{self.name}': use 1 to 32 of a-z 0-9 . _ -, first a letter or digit"
             )
-        if self.irq is not None and not 0 <= self.irq <= 15:
-            raise UserError(f"device '{self.name}': irq={self.irq} is not a line from 0 to 15")
+        for key, value in (("irq", self.irq), ("slot", self.slot), ("addr", self.addr)):
+            if value is not None and type(value) is not int:
+                raise UserError(f"device '{self.name}': {key}={value!r} is not an integer")
+        if self.irq is not None and self.irq not in ISA_LINES:
+            raise UserError(
+                f"device '{self.name}': irq={self.irq} is not a line from 0 to 15 without 2"
+            )
         if self.slot is not None and not 1 <= self.slot <= 31:
             raise UserError(f"device '{self.name}': slot={self.slot} is not from 1 to 31")
         if self.addr is not None and not 0 <= self.addr < 1 << 64:
             raise UserError(f"device '{self.name}': addr={self.addr:#x} is no 64-bit address")
+
+
+_Kind = TypeVar("_Kind", bound=enum.StrEnum)
+
+
+def choice(kind: type[_Kind], text: str, what: str) -> _Kind:
+    """The member of `kind` that `text` names.
+
+    Raises:
+        UserError: none; `what` says of what.
+    """
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(kind)
+        raise UserError(f"{what} is one of {known}, not {text!r}") from None
 
 
 class ClockKind(enum.StrEnum):
@@ -88,6 +110,10 @@ class MachineConfig:
     rom: int = 0
 
     def __post_init__(self) -> None:
+        for what, value in (("memory", self.memory), ("rom", self.rom)):
+            if type(value) is not int:
+                raise UserError(f"{what} is a number of bytes, not {value!r}")
+        object.__setattr__(self, "clock", choice(ClockKind, self.clock, "clock"))
         seen: set[str] = set()
         for device in self.devices:
             if device.name in seen:
@@ -117,6 +143,14 @@ class HostOptions:
     deadline: float = 5.0
     on_failure: FailurePolicy = FailurePolicy.STOP
     fast_lane: bool = True
+
+    def __post_init__(self) -> None:
+        # Text stands for its mode, and nothing else passes for one: modes are compared by identity.
+        object.__setattr__(self, "jail", choice(JailMode, self.jail, "jail"))
+        policy = choice(FailurePolicy, self.on_failure, "on_failure")
+        object.__setattr__(self, "on_failure", policy)
+        if not 0 < self.deadline < float("inf"):
+            raise UserError(f"a deadline of {self.deadline} s cannot be")
 
 
 def default_devices() -> tuple[DeviceConfig, ...]:

@@ -20,6 +20,8 @@ from time import monotonic
 
 Callback = Callable[[], None]
 FAR = float("inf")
+LONGEST = 3600.0
+"""Seconds of one wait, at most: epoll and select refuse waits of more than 24 days or 2^63 ns."""
 
 
 class Timer:
@@ -97,16 +99,20 @@ class EventLoop:
 
     # The vCPU thread's side.
 
-    def poll(self, timeout: float | None = 0.0) -> bool:
+    def poll(self, timeout: float | None = 0.0, *, guest: bool = True) -> bool:
         """Run what is due; wait up to `timeout` seconds (None: until something is).
+
+        May come back earlier with nothing handled; after an hour it does.
+
+        Args:
+            guest: come back when `guest_due` is reached, too.
 
         Returns whether anything was handled.
         """
         if timeout != 0.0:
-            due = self._next_due()
-            if due != FAR:
-                left = max(due - monotonic(), 0.0)
-                timeout = left if timeout is None else min(timeout, left)
+            due = self._next_due(guest)
+            left = LONGEST if timeout is None else min(timeout, LONGEST)
+            timeout = left if due == FAR else min(max(due - monotonic(), 0.0), left)
         handled = False
         for fd, _ in self._epoll.poll(timeout):
             handled = True
@@ -142,10 +148,10 @@ class EventLoop:
         os.close(self._wake)
         os.close(self._rearm)
 
-    def _next_due(self) -> float:
+    def _next_due(self, with_guest: bool = True) -> float:
         while self._timers and self._timers[0][2].cancelled:
             heapq.heappop(self._timers)
-        guest = self.guest_due()
+        guest = self.guest_due() if with_guest else FAR
         return min(self._timers[0][0], guest) if self._timers else guest
 
     def _run_timers(self) -> bool:
@@ -164,7 +170,7 @@ class EventLoop:
             self._armed.clear()
             while not self._closed:
                 until = self._watched_until
-                left = None if until == FAR else max(until - monotonic(), 0.0)
+                left = None if until == FAR else min(max(until - monotonic(), 0.0), LONGEST)
                 ready, _, _ = select.select(waited, [], [], left)
                 if ready != [self._rearm]:
                     break

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -37,6 +37,7 @@ from vmm.config import (
     DeviceConfig,
     HostOptions,
     MachineConfig,
+    choice,
     default_devices,
     parse_size,
 )
@@ -85,12 +86,14 @@ class Machine:
         if config is None:
             size = parse_size(memory) if isinstance(memory, str) else memory
             config = MachineConfig(
-                size, default_devices() if devices is None else devices, ClockKind(clock)
+                size,
+                default_devices() if devices is None else devices,
+                choice(ClockKind, clock, "clock"),
             )
         self.config = config
         self.host = host or HostOptions()
         if jail is not None:
-            self.host = replace(self.host, jail=JailMode(jail))
+            self.host = replace(self.host, jail=choice(JailMode, jail, "jail"))
         self.console = ConsoleBuffer()
         self.between: Callable[[], None] | None = None
         """Called between slices when anything happened; may call any method of the machine."""
@@ -326,20 +329,24 @@ class Machine:
         host: HostOptions | None = None,
         jail: JailMode | str | None = None,
         factories: Mapping[str, DeviceFactory | type[Device]] | None = None,
+        models: Iterable[str | type[Device]] = (),
     ) -> Machine:
         """A machine that goes on where a snapshot was taken, with devices newly forked.
 
         Args:
             factories: for devices that were added as a function: the function, by device name.
+            models: models that are not vmm's own and that the snapshot may have, as classes or as
+                "package.module:Class"; their code is trusted.
 
         Raises:
-            UserError: the snapshot is damaged, of a newer format or does not fit.
-            DeviceError: a device refuses its state.
+            UserError: the snapshot is damaged, of a newer format, does not fit, has a model that
+                was not named, or a state that its device refuses.
+            DeviceError: a device that does not come up.
         """
         path = Path(path)
-        machine = cls(snapshots.load_manifest(path).config, host=host, jail=jail)
-        for name, given in (factories or {}).items():
-            machine._factories[name] = sources.factory_of(given)
+        config = snapshots.load_manifest(path).config
+        machine = cls(config, host=host, jail=jail)
+        machine._factories = sources.trusted_factories(config, factories or {}, models)
         try:
             saving.load(machine.parts, path)
         except BaseException:

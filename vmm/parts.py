@@ -6,16 +6,19 @@ process inherits them.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from time import time
+from time import monotonic, time
 
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
+from devices.pci.contract import PciConfig
 from devices.pci.intx import Slot
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
+from proxy.jail import JailMode, JailUnavailable
 from proxy.placement import Placement
 from proxy.warden import Warden
 from vmm.attachment import Attachment, DeviceFactory, SyncedHandler, build_local
@@ -23,17 +26,21 @@ from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
-from vmm.events import EventLoop
+from vmm.events import EventLoop, Timer
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
+LOOKS = 4
+"""Looks within a deadline at whether devices do what was posted to them."""
 PCI_MMIO_TOP = 0xFEC0_0000
 """Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
 PHYSICAL_LIMIT = 1 << 40
 """The guest's physical address space: 40 bits."""
+DEBUG_EXIT = "debug-exit"
+"""The one model that needs no process: all it can do is end the machine."""
 VIRTUAL_EPOCH = 1_767_225_600
 """The time of day at which a machine with a virtual clock starts: 2026-01-01 00:00 UTC."""
 
@@ -67,11 +74,14 @@ class Parts:
         self.attachments: list[Attachment] = []
         self.proxies: list[ProxyDevice] = []
         self.console = console
+        self._look: Timer | None = None
         self._stack = ExitStack()
         try:
             self._build(factories, between)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UserError("too many open files for so many devices: see ulimit -n") from error
             raise
 
     def _build(self, factories: Mapping[str, DeviceFactory], between: Callable[[], None]) -> None:
@@ -91,7 +101,7 @@ class Parts:
             child = children.get(device.name)
             if child is None:
                 local = build_local(device, self.wiring, factories.get(device.name), {})
-                self._stack.callback(local.close)
+                self._stack.callback(self._close_local, device.name, local)
                 self._attach(device, local)
             else:
                 self._attach(device, self._activate(child))
@@ -105,11 +115,24 @@ class Parts:
     def _fork_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, ChildInterface]:
         """The device processes, by device name; the warden is there even if there is none yet."""
         own = [name for name in factories if self._is_isolated(name)]
+        unjailed = self._without_process()
+        if unjailed and self.host.jail is JailMode.STRICT:
+            raise JailUnavailable(
+                f"--jail=strict cannot be had: without a process of their own are {unjailed}; "
+                "give them isolation=jail",
+                (),
+            )
         self.warden = Warden(
             [factories[name] for name in own], jail=self.host.jail, deadline=self.host.deadline
         )
         self._stack.callback(self.warden.close)
-        self.jail_line = self.warden.plan.one_line()
+        lines = [self.warden.plan.one_line()]
+        if unjailed:
+            lines.append(
+                f"jail: none for {unjailed} (isolation=none): no process of their own, "
+                "all the rights of this user"
+            )
+        self.jail_line = "\n".join(line for line in lines if line)
         return {
             device.name: self.warden.spawn(
                 device.name,
@@ -123,6 +146,14 @@ class Parts:
 
     def _is_isolated(self, name: str) -> bool:
         return any(device.name == name and device.isolated for device in self.config.devices)
+
+    def _without_process(self) -> str:
+        """The devices that no jail holds, apart from the debug-exit port."""
+        return ", ".join(
+            f"'{device.name}'"
+            for device in self.config.devices
+            if not device.isolated and device.model != DEBUG_EXIT
+        )
 
     def _build_platform(self, between: Callable[[], None]) -> None:
         """Clock, board and vCPU loop, which live in this process."""
@@ -177,6 +208,7 @@ class Parts:
             child, self.wiring, deadline=self.host.deadline, placement=self.placement
         )
         self._stack.callback(proxy.shutdown)
+        proxy.watch_writes(self._posted)
         self.proxies.append(proxy)
         self.events.add(proxy.doorbell, lambda: self._rung(proxy))
         self.events.add(proxy.pidfd, lambda: self._ended(proxy))
@@ -187,17 +219,27 @@ class Parts:
         if isinstance(driven, ProxyDevice) and self.config.clock is ClockKind.VIRTUAL:
             attachment.handlers = [SyncedHandler(h, driven.sync) for h in driven.handlers()]
         function = attachment.pci_function()
-        if function is not None:
-            slot = self._free_slot(device)
-            attachment.slot = slot
-            self.pci.add(Slot(slot), function, device.name, attachment.handlers, function.bars())
-        elif device.name in self.wiring.attached:
+        if device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")
+        if function is not None:
+            self._plug_in(attachment, function)
         elif device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
         attachment.place(self.buses)
         self.attachments.append(attachment)
         self.wiring.attached[device.name] = attachment
+
+    def _plug_in(self, attachment: Attachment, function: PciConfig) -> None:
+        device = attachment.config
+        if device.irq is not None:
+            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
+        attachment.slot = slot = self._free_slot(device)
+        attachment.regions()  # that they can be is looked at before they are used
+        bars = attachment.bars()
+        try:
+            self.pci.add(Slot(slot), function, device.name, attachment.handlers, bars)
+        except ValueError as error:
+            raise DeviceError(device.name, f"cannot be plugged in: {error}") from error
 
     def _free_slot(self, device: DeviceConfig) -> int:
         taken = {slot.device: owner for slot, owner in self.pci.slots()}
@@ -218,6 +260,21 @@ class Parts:
     def _rung(self, proxy: ProxyDevice) -> None:
         if proxy.drain():
             self.request_attention()  # a bounded number at a time: others want their turn
+
+    def _posted(self) -> None:
+        """A device was given something to do without an answer: look later whether it is done.
+
+        So one that hangs is named though nobody asks it; nothing is planned while nothing is
+        posted, and an access costs no clock.
+        """
+        if self._look is None:
+            due = monotonic() + self.host.deadline / LOOKS
+            self._look = self.events.call_at(due, self._look_after)
+
+    def _look_after(self) -> None:
+        self._look = None
+        for proxy in self.proxies:
+            proxy.look_after()
 
     def _warden_spoke(self) -> None:
         # A proxy that fails asks for its own obituary; here the others are taken off the socket.
@@ -255,6 +312,12 @@ class Parts:
             if proxy.name == owner:
                 proxy.fail(text)
 
+    def _close_local(self, name: str, device: Device) -> None:
+        try:
+            device.close()
+        except Exception as error:
+            self.wiring.log(name, f"close failed: {error!r}")
+
     def _crash_report(self) -> str:
         from vmm.cpu.report import crash_report  # loads the disassembler
 
@@ -291,13 +354,13 @@ class Parts:
         slept: list[Attachment] = []
         try:
             for attachment in self.sleep_order():
-                attachment.device.sleep()
+                attachment.sleep()
                 slept.append(attachment)
         except DeviceError:
             for attachment in reversed(slept):
                 # The error that made us wake it again is the one to report.
                 with suppress(DeviceError):
-                    attachment.device.wake()
+                    attachment.wake()
             raise
         self.drain()
         self.clock.pause()
@@ -315,7 +378,7 @@ class Parts:
         failures = []
         for attachment in reversed(self.sleep_order()):
             try:
-                attachment.device.wake()
+                attachment.wake()
             except DeviceError as error:
                 failures.append(error)
         self.request_attention()

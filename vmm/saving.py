@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from devices.errors import UserError
+from devices.errors import DeviceError, DeviceFailure, UserError
 from vmm import snapshot as snapshots
 from vmm.config import difference
 from vmm.cpu.library import VERSION
 from vmm.parts import Parts
+
+_ENGINE = f"unicorn {VERSION}"
 
 
 def save(parts: Parts, path: Path) -> None:
@@ -24,9 +26,9 @@ def save(parts: Parts, path: Path) -> None:
     try:
         saved = snapshots.Snapshot(
             config=parts.config,
-            engine=f"unicorn {VERSION}",
+            engine=_ENGINE,
             cpu=parts.cpu.get_state(),
-            devices={each.name: each.device.snapshot() for each in parts.stateful()},
+            devices={each.name: each.snapshot() for each in parts.stateful()},
             executed=parts.cpu.executed,
             clock=parts.clock.snapshot(),
             window=replace(parts.vcpu.window),
@@ -42,8 +44,8 @@ def load(parts: Parts, path: Path) -> None:
     """Take up a snapshot; the machine is suspended afterwards.
 
     Raises:
-        UserError: it is damaged, or does not fit this machine.
-        DeviceError: a device refuses its state.
+        UserError: it is damaged, does not fit this machine, or a device refuses its state.
+        DeviceFailure: a device failed over it.
     """
     saved = snapshots.load(path, parts.memory)
     change = difference(saved.config, parts.config)
@@ -53,13 +55,22 @@ def load(parts: Parts, path: Path) -> None:
     for name in sorted(expected ^ saved.devices.keys()):
         lacks = "lacks" if name in expected else "has a state that nobody owns:"
         raise UserError(f"snapshot {path} {lacks} device '{name}'")
+    if saved.engine != _ENGINE:
+        # It has the state of the architecture, not of the engine; so this is no reason to refuse.
+        text = f"taken with {saved.engine}, goes on with {_ENGINE}: speed and timing may differ"
+        parts.wiring.log("snapshot", text)
     parts.suspend()
     # Time first: devices plan their alarms by it. The board's devices last: see `Board`.
     parts.cpu.executed = saved.executed
     parts.clock.start_at(saved.clock.now)
     parts.vcpu.window = saved.window
     for each in parts.stateful():
-        each.device.restore(saved.devices[each.name])
+        try:
+            each.restore(saved.devices[each.name])
+        except DeviceFailure:
+            raise
+        except DeviceError as error:
+            raise UserError(f"snapshot {path}: devices/{each.name}.json: {error.reason}") from error
         parts.drain()
     parts.pci.remap()
     try:

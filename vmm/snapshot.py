@@ -19,15 +19,18 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from devices.errors import UserError
+from devices.errors import DeviceError, UserError
 from vmm.clock import ClockState
 from vmm.config import NAME, MachineConfig
 from vmm.cpu.state import CpuState
@@ -42,6 +45,8 @@ _FILE_LIMIT = 64 << 20
 _CHUNK = 4 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_FILE = re.compile(rf"(manifest|cpu)\.json|memory\.bin|devices/{NAME.pattern}\.json")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -115,6 +120,7 @@ def save(path: Path, snapshot: Snapshot, memory: GuestMemory) -> None:
 
     Raises:
         UserError: the place cannot be written, or holds something that is not a snapshot.
+        DeviceError: a device's state is not made of plain values.
     """
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not _is_replaceable(path):
@@ -145,17 +151,11 @@ def load(path: Path, memory: GuestMemory | None = None) -> Snapshot:
         for name, info in manifest.files.items()
         if name != "memory.bin"
     }
-    try:
-        cpu = msgspec.json.decode(read["cpu.json"], type=CpuState)
-        devices = {
-            name[len("devices/") : -len(".json")]: msgspec.json.decode(data)
-            for name, data in read.items()
-            if name.startswith("devices/")
-        }
-    except KeyError as error:
-        raise UserError(f"snapshot {path}: the manifest lists no {error.args[0]}") from error
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise UserError(f"snapshot {path}: {error}") from error
+    cpu = _decode(path, "cpu.json", read.pop("cpu.json"), CpuState)
+    devices = {
+        name[len("devices/") : -len(".json")]: _decode(path, name, data, Any)
+        for name, data in read.items()
+    }
     if memory is not None:
         _load_memory(path, manifest, memory)
     return Snapshot(
@@ -176,12 +176,8 @@ def load_manifest(path: Path) -> Manifest:
     Raises:
         UserError: as `load`.
     """
-    data = _read_bounded(path, "manifest.json", _MANIFEST_LIMIT)
+    envelope = _read_envelope(path)
     where = f"snapshot {path}: manifest.json"
-    try:
-        envelope = msgspec.json.decode(data, type=_Envelope)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise UserError(f"{where} is damaged or not a snapshot's: {error}") from error
     if envelope.format > FORMAT:
         raise UserError(
             f"{where} has format {envelope.format}; this version reads up to {FORMAT}: update vmm"
@@ -190,12 +186,7 @@ def load_manifest(path: Path) -> Manifest:
         raise UserError(f"{where} has format {envelope.format}, which never existed")
     if hashlib.sha256(bytes(envelope.body)).hexdigest() != envelope.sha256:
         raise UserError(f"{where} is damaged: its checksum does not match")
-    try:
-        manifest = msgspec.json.decode(bytes(envelope.body), type=Manifest)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+    manifest = _decode(path, "manifest.json", bytes(envelope.body), Manifest)
     _check_names(where, manifest)
     return manifest
 
@@ -207,6 +198,8 @@ def _check_names(where: str, manifest: Manifest) -> None:
             raise UserError(f"{where}: it lists a file '{name}' that no snapshot has")
         if name.startswith("devices/") and not NAME.fullmatch(stem):
             raise UserError(f"{where}: '{name}' is no device's file")
+    if missing := {"cpu.json", "memory.bin"} - manifest.files.keys():
+        raise UserError(f"{where}: it lists no {missing.pop()}")
     end = 0
     for extent in manifest.memory:
         if extent.offset % PAGE or extent.length <= 0 or extent.offset < end:
@@ -220,9 +213,22 @@ def _check_names(where: str, manifest: Manifest) -> None:
 
 
 def _is_replaceable(path: Path) -> bool:
+    """Whether nothing but a snapshot, whole or damaged, is lost with this."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return (path / "manifest.json").is_file() or not any(path.iterdir())
+    try:
+        if any(path.iterdir()):
+            _read_envelope(path)
+        return all(_belongs(each, str(each.relative_to(path))) for each in path.rglob("*"))
+    except (UserError, OSError):
+        return False
+
+
+def _belongs(entry: Path, name: str) -> bool:
+    if entry.is_symlink():
+        return False
+    known = _FILE.fullmatch(name) is not None
+    return (known and entry.is_file()) or (name == "devices" and entry.is_dir())
 
 
 def _write_all(work: Path, snapshot: Snapshot, memory: GuestMemory) -> None:
@@ -230,7 +236,10 @@ def _write_all(work: Path, snapshot: Snapshot, memory: GuestMemory) -> None:
     files = {"cpu.json": _write_json(work / "cpu.json", snapshot.cpu)}
     for name, state in snapshot.devices.items():
         relative = f"devices/{name}.json"
-        files[relative] = _write_json(work / relative, state)
+        try:
+            files[relative] = _write_json(work / relative, state)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise DeviceError(name, f"its state cannot be saved: {error}") from error
     extents = _write_memory(work / "memory.bin", memory)
     files["memory.bin"] = FileInfo(memory.file_size, "")
     body = msgspec.json.encode(
@@ -314,10 +323,39 @@ def _sync_directory(path: Path) -> None:
 # Reading.
 
 
-def _read_bounded(path: Path, name: str, limit: int) -> bytes:
+def _open(path: Path, name: str) -> FileIO:
+    """A regular file, unbuffered; whatever else is there is not waited for."""
+    fd = os.open(path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    file = FileIO(fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise UserError(f"snapshot {path}: {name} is not a file")
+    return file
+
+
+def _decode(path: Path, name: str, data: bytes, kind: type[_T]) -> _T:
     try:
-        with open(path / name, "rb") as file:
-            data = file.read(limit + 1)
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UserError, ValueError, RecursionError) as error:
+        raise UserError(f"snapshot {path}: {name}: {error}") from error
+
+
+def _read_envelope(path: Path) -> _Envelope:
+    data = _read_bounded(path, "manifest.json", _MANIFEST_LIMIT)
+    try:
+        return msgspec.json.decode(data, type=_Envelope)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"snapshot {path}: manifest.json is damaged or not a snapshot's: {error}"
+        ) from error
+
+
+def _read_bounded(path: Path, name: str, limit: int) -> bytes:
+    data = b""
+    try:
+        with _open(path, name) as file:
+            while len(data) <= limit and (more := file.read(limit + 1 - len(data))):
+                data += more
     except OSError as error:
         raise UserError(f"snapshot {path}: {name}: {error.strerror}") from error
     if len(data) > limit:
@@ -337,7 +375,7 @@ def _read_checked(path: Path, name: str, info: FileInfo) -> bytes:
 def _load_memory(path: Path, manifest: Manifest, memory: GuestMemory) -> None:
     where = f"snapshot {path}: memory.bin"
     try:
-        with open(path / "memory.bin", "rb", buffering=0) as file:
+        with _open(path, "memory.bin") as file:
             size = os.fstat(file.fileno()).st_size
             if size != memory.file_size:
                 raise UserError(f"{where} has {size} bytes instead of {memory.file_size}")

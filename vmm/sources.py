@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from devices.contract import Device, DeviceHost
 from devices.errors import UserError
 from vmm.attachment import DeviceFactory
 from vmm.boot.options import BootOptions, Mode
+from vmm.config import MachineConfig
 
 
 def model_and_factory(
@@ -41,6 +42,47 @@ def factory_of(given: type[Device] | Callable[[DeviceHost], Device]) -> DeviceFa
     _, factory = model_and_factory(given, {})
     assert factory is not None
     return factory
+
+
+def trusted_factories(
+    config: MachineConfig,
+    given: Mapping[str, DeviceFactory | type[Device]],
+    models: Iterable[str | type[Device]],
+) -> dict[str, DeviceFactory]:
+    """How to make those devices of a snapshot that are not made from a model's name.
+
+    A snapshot may come from anywhere, and to import a module is to run it, before any jail. So it
+    only gets models of `devices.registry` and those that the caller names.
+
+    Args:
+        given: how to make a device, by the device's name.
+        models: ``package.module:Class`` of models that may be imported, or the classes.
+
+    Raises:
+        UserError: a device of another model; options that its class does not have.
+    """
+    factories = {name: factory_of(each) for name, each in given.items()}
+    allowed: dict[str, type[Device] | None] = {}
+    for model in models:
+        if isinstance(model, str):
+            allowed.setdefault(model, None)
+        else:
+            allowed[f"{model.__module__}:{model.__qualname__}"] = model
+    for device in config.devices:
+        if device.name in factories or device.model in registry.MODELS:
+            continue
+        if device.model not in allowed:
+            raise UserError(
+                f"the snapshot's device '{device.name}' is of the model {device.model!r}, which is "
+                "not one of vmm's own; if you trust its code, allow it: models=[...] or "
+                f"--allow-model {device.model}"
+            )
+        kind = allowed[device.model]
+        if kind is not None:
+            _, factory = model_and_factory(kind, device.options)
+            assert factory is not None
+            factories[device.name] = factory
+    return factories
 
 
 def read_image(image: str | Path | bytes, options: BootOptions | None) -> tuple[bytes, BootOptions]:

@@ -6,8 +6,9 @@ On a terminal every key goes to the guest, Ctrl-C too; Ctrl-A opens the menu:
     Ctrl-A x   quit                    Ctrl-A w   write a snapshot
     Ctrl-A i   status                  Ctrl-A Ctrl-A   send Ctrl-A to the guest
 
-Input from a pipe or a file goes to the guest as it is, without a menu; its end, or a closed
-standard input, is no end of the guest.
+The terminal is always read, so that the menu works: what is typed while the guest takes nothing is
+kept up to a limit, and dropped beyond it. Input from a pipe or a file goes to the guest as it is,
+without a menu; its end, or a closed standard input, is no end of the guest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vmm.events import EventLoop
 ESCAPE = 0x01
 """Ctrl-A."""
 HIGH_WATER = 64 << 10
-"""Input that the guest has not taken beyond which no more is read."""
+"""Input that the guest has not taken beyond which no more is kept."""
 _CHUNK = 4096
 
 HELP = """\
@@ -94,6 +95,7 @@ class Terminal:
         self._saved: list[object] | None = None
         self._reading = False
         self._pollable = True
+        self._overflowing = False
 
     def open(self) -> None:
         """Start reading; raw mode on a terminal."""
@@ -112,7 +114,8 @@ class Terminal:
         self._stop_reading()
         if self._saved is not None:
             with contextlib.suppress(termios.error):
-                termios.tcsetattr(self.source, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+                # Not TCSADRAIN: that waits for whoever reads the screen.
+                termios.tcsetattr(self.source, termios.TCSANOW, self._saved)  # type: ignore[arg-type]
             self._saved = None
 
     def look(self) -> None:
@@ -143,7 +146,7 @@ class Terminal:
         cc = list(cc)
         cc[termios.VMIN], cc[termios.VTIME] = 1, 0
         termios.tcsetattr(
-            self.source, termios.TCSADRAIN, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc]
+            self.source, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc]
         )
 
     def _start_reading(self) -> None:
@@ -177,17 +180,26 @@ class Terminal:
         if not data:
             self._stop_reading()
             return
-        if self._escape is None:
-            self.feed(data)
-        else:
+        if self._escape is not None:
             for kind, part in self._escape.feed(data):
                 if kind == "input":
-                    self.feed(part)
+                    self._typed(part)
                 else:
                     self._menu(part)
+            return
+        self.feed(data)
         if self._pollable and self.backlog() >= HIGH_WATER:
             self._stop_reading()
             self._paused = True
+
+    def _typed(self, data: bytes) -> None:
+        backlog = self.backlog()
+        if backlog + len(data) <= HIGH_WATER:
+            self._overflowing = self._overflowing and backlog > HIGH_WATER // 2
+            self.feed(data)
+        elif not self._overflowing:
+            self._overflowing = True
+            self.say(f"the guest has not taken {backlog} bytes of input: more input is dropped")
 
     def _menu(self, key: bytes) -> None:
         match key:

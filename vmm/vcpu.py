@@ -115,7 +115,6 @@ class VcpuLoop:
         """
         cpu, events, clock = self._cpu, self._events, self._clock
         last = cpu.executed + budget
-        clock.resume()
         try:
             while not self._turn_ends(last, steps):
                 if self.suspended or cpu.halted:
@@ -144,6 +143,7 @@ class VcpuLoop:
         if self.suspended:
             self._wait()
             return False
+        self._clock.resume()  # a suspend, also that of a snapshot, has stopped it
         self._slice = UNLIMITED
         if irqchip.nmi_pending() and irqchip.take_nmi():
             self._delivered(cpu.inject_nmi())

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from devices.errors import DeviceFailure
+from devices.irqchip.ioapic import PINS
 from devices.irqchip.pc import IrqChip
 from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
+from proxy.shape import ISA_LINES
 from vmm.attachment import Attachment
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
+from vmm.log_limit import LogLimit
 
 _LOG_KEEP = 1000
+_LINES = ISA_LINES | frozenset(range(16, PINS))
 
 
 @dataclass
@@ -26,7 +30,9 @@ class Wiring:
         attention: asks the vCPU loop to come back and look (see `VcpuLoop.attention`).
         guest_exit: called with the value when a device that may do so ends the run.
         device_failed: called once for each failure.
-        log_sink: where log lines of devices go, as they come.
+        log_sink: where log lines of devices go, as they come; a new one is told first what nobody
+            was there to hear.
+        log_limit: what keeps a device from logging too much.
     """
 
     cpu: Cpu
@@ -39,8 +45,20 @@ class Wiring:
     irqchip: IrqChip | None = None
     pci: PciRoot | None = None
     log_lines: list[tuple[str, str]] = field(default_factory=list)
-    log_sink: Callable[[str, str], None] | None = None
+    log_limit: LogLimit = field(default_factory=LogLimit)
+    _log_sink: Callable[[str, str], None] | None = None
     _isa_levels: dict[int, set[str]] = field(default_factory=dict)
+
+    @property
+    def log_sink(self) -> Callable[[str, str], None] | None:
+        return self._log_sink
+
+    @log_sink.setter
+    def log_sink(self, sink: Callable[[str, str], None] | None) -> None:
+        had, self._log_sink = self._log_sink, sink
+        if sink is not None and had is None:
+            for name, text in list(self.log_lines):
+                sink(name, text)
 
     def irq(self, name: str, pin: int, level: bool) -> None:
         """A device drives its interrupt pin."""
@@ -58,7 +76,13 @@ class Wiring:
             self.isa_line(attachment.irq, level, name)
 
     def isa_line(self, irq: int, level: bool, source: str = "pci") -> None:
-        """Drive an interrupt line; one that several sources share is high while any of them is."""
+        """Drive an interrupt line; one that several sources share is high while any of them is.
+
+        A line that the board does not have is driven in vain: this may be called for what a
+        device says, in the middle of an access, so it never raises.
+        """
+        if irq not in _LINES:
+            return
         sources = self._isa_levels.setdefault(irq, set())
         if level:
             sources.add(source)
@@ -92,15 +116,21 @@ class Wiring:
         else:
             self.log(name, f"asked to end the run ({value}); it has no right to")
 
-    def log(self, name: str, text: str) -> None:
-        if len(self.log_lines) >= _LOG_KEEP:
-            del self.log_lines[: _LOG_KEEP // 2]
-        self.log_lines.append((name, text))
-        if self.log_sink is not None:
-            self.log_sink(name, text)
+    def log(self, name: str, text: str, *, always: bool = False) -> None:
+        """Keep a line about a device and pass it on; one of too many is only counted.
+
+        Args:
+            always: it may not be lost, however much the device has logged.
+        """
+        for line in [text] if always else self.log_limit.lines(name, text):
+            if len(self.log_lines) >= _LOG_KEEP:
+                del self.log_lines[: _LOG_KEEP // 2]
+            self.log_lines.append((name, line))
+            if self.log_sink is not None:
+                self.log_sink(name, line)
 
     def failed(self, failure: DeviceFailure) -> None:
         # A line that a dead device held high would interrupt the guest for ever.
         self.irq(failure.device, 0, False)
-        self.log(failure.device, failure.reason)
+        self.log(failure.device, failure.reason, always=True)
         self.device_failed(failure)

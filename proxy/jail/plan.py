@@ -39,7 +39,10 @@ class JailUnavailable(UserError):
 
     Attributes:
         missing: the short names of the layers that are not there.
+        exit_status: what the command line makes of it.
     """
+
+    exit_status = 10
 
     def __init__(self, message: str, missing: tuple[str, ...]) -> None:
         super().__init__(message)

@@ -6,12 +6,16 @@ Imports are inside the commands, so that ``--help`` and errors of usage come at 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from vmm.cli import options
+from vmm.cli.output import clean
+from vmm.interrupt import early_signals
 
 EXIT_STATUSES = """\
 exit status:
@@ -22,14 +26,14 @@ exit status:
   6     a device process died, hung or broke the protocol
   8     --timeout ran out
   10    this host cannot provide the jail that was asked for
-  130   Ctrl-C"""
+  130   Ctrl-C, SIGTERM, SIGHUP"""
 
 
 class _Parser(argparse.ArgumentParser):
     """Errors in one line that says where help is."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {clean(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,26 +59,75 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status of the process."""
+    _fill_standard_descriptors()
+    try:
+        with early_signals():
+            status = _run(arguments)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        _forget_output()
+        return 130
+    except BrokenPipeError:
+        status = 141  # whoever read our output has gone: nothing more is said
+    except OSError as error:
+        about = "" if error.filename is None else f"{error.filename}: "
+        status = _fail(f"{about}{error.strerror or error}", 2)
+    except MemoryError:
+        status = _fail("this host has not enough memory for that", 2)
+    try:
+        sys.stdout.flush()
+    except (OSError, KeyboardInterrupt):
+        _forget_output()
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from devices.errors import DeviceError, UserError
 
-    parser = build_parser()
-    args = parser.parse_args(arguments)
+    try:
+        args = build_parser().parse_args(arguments)
+    except SystemExit as end:
+        sys.stdout.flush()
+        return int(end.code or 0)
     try:
         return int(args.run(args))
     except UserError as error:
         return _fail(str(error), getattr(error, "exit_status", 2))
     except DeviceError as error:
         return _fail(str(error), 6)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone; say nothing more, not even at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
-        return _fail("this host has not enough memory for that", 2)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"vmm: {' '.join(message.splitlines())}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        print(f"vmm: {clean(' '.join(message.splitlines()))}", file=sys.stderr, flush=True)
     return status
+
+
+def _fill_standard_descriptors() -> None:
+    """Open /dev/null where standard input, output or error is closed.
+
+    Otherwise the next descriptor of the machine gets that number, and the guest's output goes into
+    it.
+    """
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(fd, True)
+        os.close(fd)
+    if sys.stdout is None:
+        sys.stdout = _text_output(1)
+    if sys.stderr is None:
+        sys.stderr = _text_output(2)
+
+
+def _text_output(fd: int) -> io.TextIOWrapper:
+    raw = io.FileIO(fd, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
+
+
+def _forget_output() -> None:
+    """What was printed and could not be written must not be tried again when Python ends."""
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

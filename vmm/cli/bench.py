@@ -13,9 +13,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
-from vmm.bench import access, lifecycle, speed
+from vmm.bench import access, events, lifecycle, linux, speed
 
 ROUNDS = 7
 
@@ -58,8 +59,13 @@ def run(args: argparse.Namespace) -> int:
     figures += _accesses(rounds, scale)
     progress("CPU speed")
     figures += _speed(rounds, scale)
+    progress("exceptions, system calls, interrupts")
+    figures += _events(rounds, scale)
     progress("device start and memory")
     figures += _lifecycle(rounds)
+    if args.linux is not None:
+        progress("Linux")
+        figures += _linux(Path(args.linux), rounds)
     if args.json:
         print(json.dumps([_as_json(figure) for figure in figures], indent=2))
         return 0
@@ -120,6 +126,27 @@ def _speed(rounds: int, scale: int) -> list[Figure]:
                 Figure("  ... with devices attached", got["ratio"], "x", Goal(0.95, at_least=True))
             )
     return figures
+
+
+def _events(rounds: int, scale: int) -> list[Figure]:
+    with events.EventBench(20_000 // scale) as bench:
+        got = _rounds(bench.round, rounds)
+    goals = {"exception": 6.0, "exception, ring 3": 6.0, "system call": 4.0, "interrupt": 10.0}
+    return [Figure(f"{name}, there and back", got[name], "us", Goal(goals[name])) for name in got]
+
+
+def _linux(directory: Path, rounds: int) -> list[Figure]:
+    got = _rounds(lambda: linux.measure(directory), min(rounds, 3))
+    goals = {"ratio prompt": 1.3} | {f"ratio {work}": 2.5 for work in linux.WORK}
+    return [
+        Figure(
+            f"Linux: {name}",
+            value,
+            "x" if name in goals else "s",
+            Goal(goals[name]) if name in goals else None,
+        )
+        for name, value in got.items()
+    ]
 
 
 def _lifecycle(rounds: int) -> list[Figure]:

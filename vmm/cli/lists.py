@@ -25,6 +25,7 @@ def jail(args: argparse.Namespace) -> int:
     import msgspec
 
     from proxy.jail import JailMode, JailReport, report_data, report_table
+    from vmm.cli.output import clean
     from vmm.config import MachineConfig, default_devices, parse_device
     from vmm.machine import Machine
 
@@ -41,7 +42,7 @@ def jail(args: argparse.Namespace) -> int:
             print(json.dumps({"line": parts.jail_line, "devices": report_data(reports)}))
             return 0
         for line in report_table(reports):
-            print(line)
+            print(clean(line))
         if parts.jail_line:
-            print(parts.jail_line)
+            print(clean(parts.jail_line))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 _RAW = argparse.RawDescriptionHelpFormatter
@@ -23,10 +24,21 @@ examples:
 """
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+LONGEST_DEADLINE = 3600
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 < value < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above zero")
+
+
+def _deadline(text: str) -> float:
+    value = _seconds(text)
+    if value > LONGEST_DEADLINE:
+        raise argparse.ArgumentTypeError(f"'{text}' is more than {LONGEST_DEADLINE} seconds")
     return value
 
 
@@ -105,6 +117,13 @@ def add_restore(commands: Any) -> None:
         description="Continues a guest where its snapshot was taken.",
     )
     parser.add_argument("directory", help="the snapshot")
+    parser.add_argument(
+        "--allow-model",
+        metavar="MODULE:CLASS",
+        action="append",
+        default=[],
+        help="a device model that is not vmm's own and whose code may be run; may be repeated",
+    )
     _add_run_options(parser)
     parser.set_defaults(run=_restore)
 
@@ -117,7 +136,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default="stdio",
         help="the guest's serial port: stdio, file:PATH or none (default: stdio)",
     )
-    run.add_argument("--timeout", metavar="SECONDS", type=_positive, help="end the run after that")
+    run.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end the run after that")
     run.add_argument(
         "--snapshot",
         metavar="DIR",
@@ -173,9 +192,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     host.add_argument(
         "--deadline",
         metavar="SECONDS",
-        type=_positive,
+        type=_deadline,
         default=5.0,
-        help="how long a device process may take to answer (default: 5)",
+        help="how long a device process may take to answer (default: 5, at most 3600)",
     )
     host.add_argument(
         "--lane",
@@ -226,6 +245,11 @@ def add_bench(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
+    parser.add_argument(
+        "--linux",
+        metavar="DIR",
+        help="also Linux from there (see python -m guests.linux), beside QEMU if it is installed",
+    )
     parser.set_defaults(run=_bench)
 
 

@@ -51,11 +51,11 @@ class _Writer:
         self._thread: threading.Thread | None = None
         self._idle = False
 
-    def put(self, fd: int, data: bytes) -> None:
+    def put(self, fd: int, data: bytes, limit: int) -> None:
         with self.condition:
             if self.failed is not None:
                 return
-            if self.size + len(data) > HARD:
+            if self.size + len(data) > limit:
                 self.dropped += len(data)
                 return
             self.size += len(data)
@@ -123,10 +123,14 @@ class Outputs:
         self._by_fd: dict[int, _Writer] = {}
         self._writers: dict[tuple[int, int, int], _Writer] = {}
 
-    def write(self, fd: int, data: bytes) -> bool:
-        """Have it written; whether the queue is full now. Never blocks, never raises."""
+    def write(self, fd: int, data: bytes, *, limit: int = HARD) -> bool:
+        """Have it written; whether the queue is full now. Never blocks, never raises.
+
+        Args:
+            limit: it is dropped if more bytes than that would wait.
+        """
         writer = self._by_fd.get(fd) or self._add(fd)
-        writer.put(fd, data)
+        writer.put(fd, data, limit)
         if writer.size > HIGH:
             self._waiting = True
         return self._waiting
@@ -150,10 +154,6 @@ class Outputs:
     def lost(self) -> int:
         """Bytes that were dropped because there were far too many."""
         return sum(writer.dropped for writer in self._writers.values())
-
-    def same_place(self, one: int, other: int) -> bool:
-        """Whether two descriptors that were written to share a queue."""
-        return self._by_fd.get(one) is self._by_fd.get(other)
 
     def drain(self, seconds: float | None, fd: int | None = None) -> bool:
         """Wait until all has been taken (or cannot be); None: however long that takes.

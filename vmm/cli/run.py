@@ -61,7 +61,9 @@ def boot(args: argparse.Namespace) -> int:
 def restore(args: argparse.Namespace) -> int:
     """``python -m vmm restore``."""
     plan = SnapshotPlan.parse(args)
-    with Machine.restore(args.directory, host=_host_options(args)) as machine:
+    with Machine.restore(
+        args.directory, host=_host_options(args), models=args.allow_model
+    ) as machine:
         return Session(machine, args, plan).run()
 
 
