@@ -402,3 +402,26 @@ def test_looks_at_devices_that_sleep_or_are_gone(device: ProxyDevice) -> None:
     handler.write(0, 4, 1)
     device.look_after()
     assert device.failed is None
+
+
+def test_an_upcall_may_be_met_before_the_child_has_counted_it() -> None:
+    """The child was stopped between sending an upcall and counting it in the page."""
+
+    def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
+        assert words is not None
+        activate(tube, has_lane=True)
+        tube.recv(100)
+        while words[lane.HEAD] == 0:
+            pass
+        tube.send(m.Log("said, and not counted").encode())
+        time.sleep(0.05)  # the machine's slow wait meets it now
+        words[lane.VALUE] = 42
+        words[lane.TAIL] = words[lane.HEAD]
+        tube.recv(100)
+
+    events = Recorder()
+    with child_of(script, shared=True) as child:
+        device = ProxyDevice(child, events, placement=Everywhere(), deadline=2)
+        open_lane(device)
+        assert device.handlers()[0].read(0, 4) == 42
+        assert device.failed is None
