@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import pyseccomp  # noqa: F401  # before a test gives up the right to read its file
+
 from proxy.jail import (
     JailMode,
     JailPlan,

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from fake_clock import FakeClock
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from timer_rig import (
     MS,
@@ -472,6 +472,7 @@ class Ticked:
         max_size=12,
     ),
 )
+@example(mode=4, steps=[(0, 2), (3, 2), (0, False), (1, None)])
 def test_same_as_a_ticked_counter(mode: int, steps: list[tuple[int, int | bool | None]]) -> None:
     channel = Channel(ChannelState(control=0x10 | mode << 1))
     model = Ticked(mode)

@@ -139,6 +139,8 @@ class Channel:
                 return rise
         ahead = Channel(copy.copy(state))
         ahead._load(state.due)
+        if state.due > now and not self.out(state.due - 1) and ahead.out(state.due):
+            return state.due  # the load itself ends a strobe
         return ahead._rise(max(now, state.due))
 
     def _elapsed(self, now: int) -> int:
