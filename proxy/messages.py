@@ -303,10 +303,13 @@ class Sync(Message, frozen=True):
 
 
 class LaneOpen(Message, frozen=True):
-    """From here on accesses come through the shared page; posted. Generations count up from 1."""
+    """Accesses come through the shared page now; posted. Generations count up from 1.
+
+    `shares` is 1 if the child is to give way to a machine on its own CPU between looks, else 0."""
 
     opcode = 0x11
-    layout = _DWORD
+    layout = struct.Struct("<BB2xI")
+    shares: int
     generation: int
 
 

@@ -25,7 +25,13 @@ from devices.errors import UserError
 from proxy import lane, launch
 from proxy.errors import ProtocolFault, TubeClosed
 from proxy.events import Obituary
-from proxy.jail import JailPlan, fork_into_jail, prepare_warden, receive_violation
+from proxy.jail import (
+    JailPlan,
+    fork_into_jail,
+    leave_terminal,
+    prepare_warden,
+    receive_violation,
+)
 from proxy.launch import DeviceFactory, Ready, StartReport, start_child
 from proxy.tube import Tube, close_all, pair, receive_datagram
 
@@ -110,7 +116,7 @@ def run_warden(
 
 def _leave_terminal() -> None:
     """Neither the terminal's signals nor its input are for devices."""
-    os.setsid()
+    leave_terminal()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -274,7 +274,7 @@ def test_the_terminal_does_not_interrupt_devices(warden: Warden) -> None:
     child = warden.spawn("interrupted", "probe", {}, factory=0)
     for pid in (warden.pid, child.pid):
         os.kill(pid, signal.SIGINT)
-    assert os.getsid(warden.pid) != os.getsid(0)
+    assert os.getpgid(warden.pid) != os.getpgid(0)
     with ProxyDevice(child, Recorder()) as device:
         device.handlers()[0].write(0, 1, 7)
         assert device.handlers()[0].read(0, 1) == 7
