@@ -303,9 +303,7 @@ class Sync(Message, frozen=True):
 
 
 class LaneOpen(Message, frozen=True):
-    """Accesses come through the shared page now; posted. Generations count up from 1.
-
-    `shares` is 1 if the child is to give way to a machine on its own CPU between looks, else 0."""
+    """Accesses come through the shared page from here on; posted; `shares`: 1 for one CPU, or 0."""
 
     opcode = 0x11
     layout = struct.Struct("<BB2xI")
