@@ -159,9 +159,11 @@ class _Warden:
         """Serve until the control socket or the machine (a pidfd) is at its end."""
         self._watch(machine, self._end)
         while not self._ending:
-            for fd, _ in self._poll.poll(self._timeout()):
-                call = self._watched.get(fd)
-                if call is not None:
+            events = [(fd, self._watched[fd]) for fd, _ in self._poll.poll(self._timeout())]
+            for fd, call in events:
+                # Not what took over the number of a descriptor that an earlier event has closed:
+                # some of these calls wait if there is nothing.
+                if self._watched.get(fd) is call:
                     call()
             now = monotonic()
             for child in list(self._children.values()):
@@ -310,6 +312,10 @@ class _Warden:
         give, child.give = child.give, []
         self._answer(answer, give if isinstance(answer, Launched) else ())
         close_all(give)
+        # The others had to share the CPUs with it.
+        start_by = monotonic() + self._deadline
+        for other in self._children.values():
+            other.start_by = start_by
 
     def _judge(self, child: _Child) -> None:
         """The seccomp listener is readable: a forbidden system call, or the end of the child."""
