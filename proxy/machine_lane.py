@@ -179,6 +179,9 @@ class MachineLane:
                 link.fail(f"did not answer within {link.deadline:g} s", doing)
                 return None
             if rounds % YIELDS == 0:
+                if link.given_up():
+                    link.give_up(doing)
+                    return None
                 self._strike()
             rounds += 1
             if rounds < YIELDS:

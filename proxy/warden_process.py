@@ -56,8 +56,9 @@ class CloseAll(msgspec.Struct, frozen=True, tag="close"):
 
 
 class Launched(msgspec.Struct, frozen=True, tag="launched"):
-    """A child interface's descriptors travel with this."""
+    """A child interface's descriptors travel with this; `order` counts the orders from 0."""
 
+    order: int
     pid: int
     jail_report: Any
 
@@ -65,6 +66,7 @@ class Launched(msgspec.Struct, frozen=True, tag="launched"):
 class NotLaunched(msgspec.Struct, frozen=True, tag="refused"):
     """Why there is no device; `by_user` if its configuration is to blame."""
 
+    order: int
     by_user: bool
     text: str
 
@@ -72,6 +74,7 @@ class NotLaunched(msgspec.Struct, frozen=True, tag="refused"):
 @dataclass
 class _Child:
     name: str
+    order: int
     pid: int
     pidfd: int
     setup: socket.socket | None
@@ -154,6 +157,7 @@ class _Warden:
         self._poll = select.poll()
         self._watched: dict[int, Callable[[], None]] = {}
         self._ending = False
+        self._orders = 0
         self._imported: set[str] = set()
         self._watch(control.fileno(), self._take_order)
 
@@ -161,9 +165,11 @@ class _Warden:
         """Serve until the control socket or the machine (a pidfd) is at its end."""
         self._watch(machine, self._end)
         while not self._ending:
-            for fd, _ in self._poll.poll(self._timeout()):
-                call = self._watched.get(fd)
-                if call is not None:
+            events = [(fd, self._watched[fd]) for fd, _ in self._poll.poll(self._timeout())]
+            for fd, call in events:
+                # Not what took over the number of a descriptor that an earlier event has closed:
+                # some of these calls wait if there is nothing.
+                if self._watched.get(fd) is call:
                     call()
             now = monotonic()
             for child in list(self._children.values()):
@@ -196,20 +202,23 @@ class _Warden:
             self._ending = True
             return
         except OSError as error:
-            self._answer(NotLaunched(False, str(error.strerror)))
+            self._answer(NotLaunched(self._orders, False, str(error.strerror)))
+            self._orders += 1
             return
+        number = self._orders
+        self._orders += 1
         try:
             order = msgspec.json.decode(data, type=SpawnOrder | CloseAll)
             if isinstance(order, CloseAll):
                 self._ending = True
             else:
-                self._launch(order, fds)
+                self._launch(number, order, fds)
         except OSError as error:
-            self._answer(NotLaunched(False, error.strerror or str(error)))
+            self._answer(NotLaunched(number, False, error.strerror or str(error)))
         finally:
             close_all(fds)
 
-    def _launch(self, order: SpawnOrder, fds: list[int]) -> None:
+    def _launch(self, number: int, order: SpawnOrder, fds: list[int]) -> None:
         factory = None if order.factory is None else self._factories[order.factory]
         if factory is None:
             self._import(order.model)
@@ -245,7 +254,7 @@ class _Warden:
             setup_there.close()
         here.detach()
         start_by = monotonic() + self._deadline
-        child = _Child(order.name, pid, pidfd, setup_here, give, start_by)
+        child = _Child(order.name, number, pid, pidfd, setup_here, give, start_by)
         self._children[pid] = child
         self._watch(setup_here.fileno(), lambda: self._hear(child))
         self._watch(pidfd, lambda: self._bury(child))
@@ -292,12 +301,12 @@ class _Warden:
             self._unwatch(child.setup.fileno())
             return
         if isinstance(report, Ready):
-            self._end_start(child, Launched(child.pid, report.jail_report))
+            self._end_start(child, Launched(child.order, child.pid, report.jail_report))
         else:
             self._refuse(child, report.text, report.by_user)
 
     def _refuse(self, child: _Child, text: str, by_user: bool = False) -> None:
-        self._end_start(child, NotLaunched(by_user, text))
+        self._end_start(child, NotLaunched(child.order, by_user, text))
 
     def _end_start(self, child: _Child, answer: Launched | NotLaunched) -> None:
         """The start is over: answer the order and keep nothing of the child's tube."""
@@ -309,6 +318,10 @@ class _Warden:
         give, child.give = child.give, []
         self._answer(answer, give if isinstance(answer, Launched) else ())
         close_all(give)
+        # The others had to share the CPUs with it.
+        start_by = monotonic() + self._deadline
+        for other in self._children.values():
+            other.start_by = start_by
 
     def _judge(self, child: _Child) -> None:
         """The seccomp listener is readable: a forbidden system call, or the end of the child."""
@@ -359,7 +372,7 @@ class _Warden:
         for child in list(self._children.values()):
             if child.setup is not None:
                 self._kill(child)
-                self._end_start(child, NotLaunched(False, "the warden ends"))
+                self._end_start(child, NotLaunched(child.order, False, "the warden ends"))
         while self._children:
             left = end - monotonic()
             poll = select.poll()

@@ -18,7 +18,9 @@ from devices.errors import DeviceError
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailPlan, LayerState, plan_jail
 from proxy.jail.layers import JailReport
+from proxy.tube import pair
 from proxy.warden import Warden
+from proxy.warden_process import _Warden
 
 
 class Hung(Probe):
@@ -72,7 +74,17 @@ class Counting(Probe):
         pass
 
 
-FACTORIES = (Probe, Hung, Dies, Inner, Escaping, EscapingAtStart, Counting)
+class Meeting(Probe):
+    """Starts only when another that holds the other end of its socket starts, too."""
+
+    def __init__(self, host: Any, options: Any = None) -> None:
+        super().__init__(host, options)
+        fd = host.fds["meet"]
+        os.write(fd, b"here")
+        os.read(fd, 4)
+
+
+FACTORIES = (Probe, Hung, Dies, Inner, Escaping, EscapingAtStart, Counting, Meeting)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +185,57 @@ def test_a_device_that_does_not_start_in_time() -> None:
         warden.spawn("fine", "probe", {}, factory=0)
 
 
+def test_devices_that_were_ordered_start_side_by_side() -> None:
+    with Warden(FACTORIES, jail=JailMode.OFF, deadline=30) as warden:
+        slow = warden.order("slow", "probe", {}, factory=1)
+        one, other = socket.socketpair()
+        with one, other:
+            first = warden.order("first", "probe", {}, factory=7, fds={"meet": one.fileno()})
+            second = warden.order("second", "probe", {}, factory=7, fds={"meet": other.fileno()})
+            dead = warden.order("dead", "probe", {}, factory=2)
+            starts = (second, first)  # in another order than they were ordered
+            children = [each.wait() for each in starts]
+        assert [child.name for child in children] == ["second", "first"]
+        assert len({child.pid for child in children}) == 2
+        assert second.wait() is children[0]
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"'dead'.*SIGKILL while it started"):
+                dead.wait()
+        assert not slow.settled
+
+
+def test_more_orders_than_may_start_at_once() -> None:
+    with Warden(FACTORIES, jail=JailMode.OFF) as warden:
+        starts = [warden.order(f"n{i}", "probe", {}, factory=0) for i in range(25)]
+        assert sum(not start.settled for start in starts) <= 8
+        assert [start.wait().name for start in starts] == [f"n{i}" for i in range(25)]
+
+
+def test_a_start_that_nobody_waits_for_is_ended_with_the_warden() -> None:
+    before = open_descriptors()
+    warden = Warden(FACTORIES, jail=JailMode.OFF)
+    events = Recorder()
+    used = ProxyDevice(warden.spawn("used", "probe", {}, factory=0), events)
+    starts = [warden.order(f"n{i}", "probe", {}, factory=i % 2) for i in range(4)]
+    used.shutdown()
+    warden.close()
+    assert not os.path.exists(f"/proc/{warden.pid}")
+    for start in starts:
+        with pytest.raises(DeviceError, match="the warden is gone"):
+            start.wait()
+    assert open_descriptors() == before
+
+
+def test_orders_of_a_dead_warden_fail_by_name() -> None:
+    warden = Warden(FACTORIES, jail=JailMode.OFF)
+    starts = [warden.order(name, "probe", {}, factory=1) for name in ("one", "two")]
+    os.kill(warden.pid, signal.SIGKILL)
+    for start in starts:
+        with pytest.raises(DeviceError, match=f"'{start.name}': cannot be started: the warden"):
+            start.wait()
+    warden.close()
+
+
 def test_obituaries_are_told_once_and_wake_the_loop(warden: Warden) -> None:
     warden.obituaries()
     pids = {}
@@ -268,6 +331,37 @@ def test_death_of_the_machine_ends_all(plan: JailPlan, mode: str, sign: signal.S
         assert gone(pid), pid
     here.close()
     there.close()
+
+
+def test_an_event_of_a_closed_descriptor_is_not_that_of_its_successor() -> None:
+    """A batch of events may hold one for a number that meanwhile belongs to something else."""
+    control, machine_end = pair()
+    events, others = pair()
+    watching = _Warden(control, events, (), JailPlan(JailMode.OFF), 1.0)
+    first, second = os.pipe(), os.pipe()
+    made: list[int] = []
+    wrong: list[str] = []
+
+    def replace_second() -> None:
+        watching._unwatch(first[0])
+        watching._unwatch(second[0])
+        os.close(second[0])
+        made.extend(os.pipe())
+        watching._watch(made[0], lambda: wrong.append("called"))
+
+    watching._watch(first[0], replace_second)
+    watching._watch(second[0], lambda: wrong.append("not there any more"))
+    for pipe in (first, second):
+        os.write(pipe[1], b"x")
+    machine_end.close()  # ends it after this batch
+    machine = os.pidfd_open(os.getpid())
+    watching.run(machine)
+    assert made[0] == second[0]
+    assert wrong == []
+    for fd in (machine, *first, second[1], *made):
+        os.close(fd)
+    for end in (control, events, others):
+        end.close()
 
 
 def test_the_terminal_does_not_interrupt_devices(warden: Warden) -> None:

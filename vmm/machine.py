@@ -42,11 +42,13 @@ from vmm.config import (
     parse_size,
 )
 from vmm.console import ConsoleBuffer
+from vmm.events import FAR
 from vmm.firmware.acpi import place_tables
 from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
 from vmm.firmware.mptable import build_mptable
 from vmm.firmware.platform import Platform
 from vmm.interrupt import noted_signals
+from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
 from vmm.pc import platform_of
@@ -54,6 +56,9 @@ from vmm.vcpu import UNLIMITED
 
 KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
 """Formats that look for the board's tables; others may use that memory as they like."""
+TIMEOUT_GRACE = 1.0
+SIGNAL_GRACE = 0.2
+"""Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
 ELCR_HIGH = 0x4D1
 """Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
 
@@ -154,11 +159,19 @@ class Machine:
             UserError: the configuration, or the jail that this host cannot provide.
             DeviceError: a device that does not come up.
         """
+        self._build()
+
+    def _build(self, meanwhile: Callable[[GuestMemory], None] = lambda _: None) -> None:
         if self._closed:
             raise UserError("this machine is closed")
         if self._parts is None:
             self._parts = Parts(
-                self.config, self.host, self._factories, self.console, self._between_slices
+                self.config,
+                self.host,
+                self._factories,
+                self.console,
+                self._between_slices,
+                meanwhile=meanwhile,
             )
 
     @property
@@ -235,8 +248,13 @@ class Machine:
         if until is not None:
             text = until.encode() if isinstance(until, str) else until
             watch = self.console.watch(text, lambda: vcpu.stop(Outcome(Ending.PAUSED)))
+        if parts.given_up is not None:
+            vcpu.stop(parts.given_up)
+            parts.given_up = None
         if timeout is not None:
             expired = Outcome(Ending.TIMEOUT, f"the guest ran for {timeout:g} s")
+            parts.patience_ends = monotonic() + timeout + TIMEOUT_GRACE
+            parts.run_ends = expired
             timer = parts.events.call_at(monotonic() + timeout, lambda: vcpu.stop(expired))
         if self.suspended:
             self.resume()
@@ -246,6 +264,7 @@ class Machine:
                 parts.unmute()
                 self._settle()
         finally:
+            parts.patience_ends = FAR
             if watch is not None:
                 self.console.unwatch(watch)
             if timer is not None:
@@ -257,6 +276,8 @@ class Machine:
 
     def _noted_signal(self, number: int) -> None:
         self._signal = number
+        parts = self.parts
+        parts.patience_ends = min(parts.patience_ends, monotonic() + SIGNAL_GRACE)
         self.stop(Outcome(Ending.INTERRUPTED, signal.Signals(number).name))
 
     def _between_slices(self) -> None:
@@ -347,8 +368,10 @@ class Machine:
         config = snapshots.load_manifest(path).config
         machine = cls(config, host=host, jail=jail)
         machine._factories = sources.trusted_factories(config, factories or {}, models)
+        saved: list[snapshots.Snapshot] = []
         try:
-            saving.load(machine.parts, path)
+            machine._build(lambda memory: saved.append(snapshots.load(path, memory)))
+            saving.take_up(machine.parts, saved[0], path)
         except BaseException:
             machine.close()
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from time import monotonic, time
 
+from devices import registry
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
@@ -20,13 +21,13 @@ from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailUnavailable
 from proxy.placement import Placement
-from proxy.warden import Warden
+from proxy.warden import Start, Warden
 from vmm.attachment import Attachment, DeviceFactory, SyncedHandler, build_local
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
-from vmm.events import EventLoop, Timer
+from vmm.events import FAR, EventLoop, Timer
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
@@ -54,6 +55,8 @@ class Parts:
         factories: for devices that are not made from a model's name.
         console: of the device named "serial".
         between: see `VcpuLoop`.
+        meanwhile: called once while the device processes start; for what takes time and needs
+            only the memory.
 
     Raises:
         UserError: the configuration, or a jail that cannot be had.
@@ -67,6 +70,8 @@ class Parts:
         factories: Mapping[str, DeviceFactory],
         console: ConsoleBuffer,
         between: Callable[[], None],
+        *,
+        meanwhile: Callable[[GuestMemory], None] = lambda _: None,
     ) -> None:
         self.config = config
         self.host = host
@@ -74,18 +79,29 @@ class Parts:
         self.attachments: list[Attachment] = []
         self.proxies: list[ProxyDevice] = []
         self.console = console
+        self.patience_ends = FAR
+        """When (`time.monotonic`) silent devices are given up, because the run is to end."""
+        self.run_ends = Outcome(Ending.INTERRUPTED)
+        """How it ends then."""
+        self.given_up: Outcome | None = None
+        """What a run that comes after that must end with."""
         self._look: Timer | None = None
         self._stack = ExitStack()
         try:
-            self._build(factories, between)
+            self._build(factories, between, meanwhile)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise UserError("too many open files for so many devices: see ulimit -n") from error
             raise
 
-    def _build(self, factories: Mapping[str, DeviceFactory], between: Callable[[], None]) -> None:
-        children = self._fork_children(factories)
+    def _build(
+        self,
+        factories: Mapping[str, DeviceFactory],
+        between: Callable[[], None],
+        meanwhile: Callable[[GuestMemory], None],
+    ) -> None:
+        starts = self._order_children(factories)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
@@ -97,14 +113,15 @@ class Parts:
         self.events = EventLoop(self.cpu.kick)
         self._stack.callback(self.events.close)
         self._build_platform(between)
+        meanwhile(self.memory)
         for device in self.config.devices:
-            child = children.get(device.name)
-            if child is None:
+            start = starts.get(device.name)
+            if start is None:
                 local = build_local(device, self.wiring, factories.get(device.name), {})
                 self._stack.callback(self._close_local, device.name, local)
                 self._attach(device, local)
             else:
-                self._attach(device, self._activate(child))
+                self._attach(device, self._activate(start.wait()))
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
@@ -112,8 +129,11 @@ class Parts:
 
     # Building.
 
-    def _fork_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, ChildInterface]:
-        """The device processes, by device name; the warden is there even if there is none yet."""
+    def _order_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, Start]:
+        """The device processes, by device name, which start from now on while we build the rest.
+
+        The warden is there even if there is none yet.
+        """
         own = [name for name in factories if self._is_isolated(name)]
         unjailed = self._without_process()
         if unjailed and self.host.jail is JailMode.STRICT:
@@ -122,6 +142,9 @@ class Parts:
                 "give them isolation=jail",
                 (),
             )
+        for device in self.config.devices:
+            if device.isolated and device.model in registry.MODELS:
+                registry.load(device.model)  # once in this process: each warden inherits it
         self.warden = Warden(
             [factories[name] for name in own], jail=self.host.jail, deadline=self.host.deadline
         )
@@ -134,7 +157,7 @@ class Parts:
             )
         self.jail_line = "\n".join(line for line in lines if line)
         return {
-            device.name: self.warden.spawn(
+            device.name: self.warden.order(
                 device.name,
                 device.model,
                 device.options,
@@ -209,6 +232,7 @@ class Parts:
         )
         self._stack.callback(proxy.shutdown)
         proxy.watch_writes(self._posted)
+        proxy.give_up_when(lambda: monotonic() >= self.patience_ends)
         self.proxies.append(proxy)
         self.events.add(proxy.doorbell, lambda: self._rung(proxy))
         self.events.add(proxy.pidfd, lambda: self._ended(proxy))
@@ -304,7 +328,13 @@ class Parts:
     def _device_failed(self, failure: DeviceFailure) -> None:
         self.pci.fail(failure.device)
         if self.host.on_failure is FailurePolicy.STOP:
-            self.vcpu.stop(Outcome(Ending.DEVICE_FAILED, str(failure), device=failure.device))
+            outcome = Outcome(Ending.DEVICE_FAILED, str(failure), device=failure.device)
+            if failure.given_up:
+                self.given_up = outcome
+            else:
+                self.vcpu.stop(outcome)
+        if failure.given_up:
+            self._guest_ends(self.run_ends)
         self.request_attention()
 
     def _pci_fault(self, owner: str, text: str) -> None:
