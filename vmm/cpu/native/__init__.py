@@ -36,7 +36,7 @@ class Block(ctypes.Structure):
             *("efer", "star", "lstar", "fmask", "error_code", "is_software", "old_exception"),
             *("ram", "ram_size", "eflags_id", "cost", "with_code", "on_interrupt", "on_syscall"),
             *("events", "calls", "code", "gate", "target", "selector", "attributes"),
-            *("old_sp", "sp", "frame", "flags"),
+            *("limit", "old_sp", "sp", "frame", "flags"),
         )
     )
 

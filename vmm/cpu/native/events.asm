@@ -56,6 +56,7 @@ struc block
 .target:        resq 1
 .selector:      resq 1
 .attributes:    resq 1
+.limit:         resq 1
 .old_sp:        resq 1
 .sp:            resq 1
 .frame:         resq 1
@@ -108,6 +109,7 @@ LARGE_ADDRESS   equ 0x000FFFFFFFE00000
 ; Bits 40-55 of a descriptor: present, S, code, long; not conforming, DPL 0, not D.
 CODE_MASK       equ 0x0060FC0000000000
 CODE_WANTED     equ 0x0020980000000000
+GRANULAR        equ 23          ; a bit of its second dword
 CODE64          equ 0xA09B00    ; attributes that SYSCALL loads
 DATA            equ 0xC09300
 
@@ -322,8 +324,18 @@ deliver:
         mov     rcx, CODE_WANTED
         cmp     rax, rcx
         jne     .no
+        movzx   eax, r8w
         shr     r8, 32
         mov     [rbx + block.attributes], r8
+        mov     ecx, r8d
+        and     ecx, 0xF0000
+        or      eax, ecx
+        bt      r8d, GRANULAR
+        jnc     .bytes
+        shl     eax, 12
+        or      eax, 0xFFF
+.bytes:
+        mov     [rbx + block.limit], rax
         ; The stack: of the interrupt stack table, of ring 0, or the same.
         mov     rax, [rbx + block.gpr]
         mov     rax, [rax + RSP_AT]
@@ -405,7 +417,8 @@ deliver:
         mov     eax, [rbx + block.selector]
         mov     [rcx + cache.selector], eax
         mov     qword [rcx + cache.base], 0
-        mov     dword [rcx + cache.limit], -1
+        mov     eax, [rbx + block.limit]
+        mov     [rcx + cache.limit], eax
         mov     eax, [rbx + block.attributes]
         mov     [rcx + cache.attributes], eax
         and     r15d, ~(H_CPL | H_SHADOW | H_ADDSEG)
