@@ -333,11 +333,15 @@ _tables = st.sampled_from(
     (0x1000, 0x2000, 0x3000, 0x3008, WINDOW_TABLE, WINDOW_TABLE + 8, WINDOW_TABLE + 0xFF8)
 )
 _changes = st.one_of(
-    st.builds(lambda v, half, b: _flip(IDT + 16 * v + half, b), _vectors, st.sampled_from((0, 8)), _bits),
+    st.builds(
+        lambda v, half, b: _flip(IDT + 16 * v + half, b), _vectors, st.sampled_from((0, 8)), _bits
+    ),
     st.builds(_flip, st.integers(1, 11).map(lambda n: GDT + 8 * n), _bits),
     st.builds(_flip, st.integers(0, 12).map(lambda n: TSS + 4 + 8 * n), _bits),
     st.builds(_flip, _tables, _bits),
-    st.builds(_put, _tables, st.builds(lambda a, low: a & ~0xFFF | low, _addresses, st.integers(0, 0xFFF))),
+    st.builds(
+        _put, _tables, st.builds(lambda a, low: a & ~0xFFF | low, _addresses, st.integers(0, 0xFFF))
+    ),
     st.builds(_put, st.sampled_from((TSS + 4, TSS + 36, TSS + 44)), _addresses),
     st.builds(_rsp, _addresses),
     st.builds(_idt, _addresses, st.integers(0, 0xFFFF)),
@@ -348,17 +352,23 @@ _changes = st.one_of(
     st.builds(lambda n: _tr(limit=n), st.integers(0, 0x70)),
     st.builds(
         lambda v, k, d, i: lambda s: s.bench.gate64(v, k, d, i),
-        _vectors, st.integers(0, 15), st.integers(0, 3), st.integers(0, 7),
+        _vectors,
+        st.integers(0, 15),
+        st.integers(0, 3),
+        st.integers(0, 7),
     ),
     st.builds(
         lambda f: lambda s: setattr(s.state, "rflags", f & 0x25_4ED5 | 2), st.integers(0, 1 << 22)
     ),
     st.builds(
         lambda m, v: lambda s: s.state.msrs.update({m: v}),
-        st.sampled_from((0xC000_0081, 0xC000_0082, 0xC000_0084)), st.integers(0, (1 << 64) - 1),
+        st.sampled_from((0xC000_0081, 0xC000_0082, 0xC000_0084)),
+        st.integers(0, (1 << 64) - 1),
     ),
-    st.builds(lambda b: lambda s: setattr(s.state, "efer", s.state.efer ^ b), st.sampled_from((1, 0x800))),
-)  # fmt: skip
+    st.builds(
+        lambda b: lambda s: setattr(s.state, "efer", s.state.efer ^ b), st.sampled_from((1, 0x800))
+    ),
+)
 
 
 @needs_native

@@ -6,8 +6,8 @@ the first has reached the second it stops the engine before the block. Another t
 lowering the limit: each counter has a single writer at a time, so no kick can be lost.
 
 The hook runs for every block of guest code, millions of times a second. On x86-64 it is 28 bytes
-of machine code (`native`) that the engine calls directly; elsewhere, or where the host forbids executable
-memory, a Python function does the same about ten times slower.
+of machine code (`native`) that the engine calls directly; elsewhere, or where the host forbids
+executable memory, a Python function does the same about ten times slower.
 """
 
 from __future__ import annotations

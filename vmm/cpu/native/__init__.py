@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vmm.cpu.context import CS, SS, TR, Context
+from vmm.cpu.context import CS, SS, Context
 from vmm.cpu.library import HOOK_INTERRUPT, REG, address_of, function_at, memory_of
 from vmm.memory import RamRegion
 
