@@ -58,9 +58,11 @@ def _brand() -> dict[int, Leaf]:
 HIGHEST_BASIC = 7
 TABLE: dict[int, Leaf] = {
     0: _vendor(HIGHEST_BASIC, b"GenuineIntel"),
-    # Family 6 model 44 (Westmere) stepping 1; one CPU with APIC id 0, CLFLUSH line of
-    # 8 * 8 bytes.
-    1: (0x0002_06C1, 1 << 16 | 8 << 8, _FEATURES_ECX, _FEATURES_EDX),
+    # Family 6 model 28 stepping 10: an in-order Atom (Bonnell). Like the emulated CPU it does not
+    # speculate, and kernels know that (Linux: NO_SPECULATION in cpu/common.c), so they leave out
+    # page-table isolation and retpolines, which would only cost time here. Stepping 10 is past its
+    # errata. One CPU with APIC id 0, CLFLUSH line of 8 * 8 bytes.
+    1: (0x0001_06CA, 1 << 16 | 8 << 8, _FEATURES_ECX, _FEATURES_EDX),
     0x4000_0000: (0x4000_0000, *_text(HYPERVISOR_NAME)),  # type: ignore[dict-item]
     0x8000_0000: (0x8000_0008, 0, 0, 0),
     0x8000_0001: (0, 0, _EXTENDED_ECX, _EXTENDED_EDX),
