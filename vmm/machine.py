@@ -241,9 +241,13 @@ class Machine:
             timeout: come back (`Ending.TIMEOUT`) after so many seconds.
             budget: come back (`Ending.PAUSED`) after about so many bytes of executed code.
             steps: come back (`Ending.PAUSED`) after exactly so many instructions; slow.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, however else the run may have ended.
         """
         parts = self.parts
         vcpu = parts.vcpu
+        self._signal = 0
         watch = timer = None
         if until is not None:
             text = until.encode() if isinstance(until, str) else until
@@ -270,7 +274,7 @@ class Machine:
             if timer is not None:
                 timer.cancel()
         outcome = vcpu.take_outcome()
-        if outcome.ending is Ending.INTERRUPTED and self._signal == signal.SIGINT:
+        if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         return outcome
 
