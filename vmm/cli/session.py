@@ -330,7 +330,7 @@ class Session:
             self.say("\n".join(lines))
         if self.plan.when is not None and not self._snapshot_taken:
             self.say(f"no snapshot was taken: {self.plan.missed()}")
-        if outcome.ending not in (Ending.HALTED, Ending.GUEST_EXIT):
+        if outcome.detail or outcome.ending not in (Ending.HALTED, Ending.GUEST_EXIT):
             self.say(f"{outcome.ending}{': ' if outcome.detail else ''}{outcome.detail}")
         if outcome.report:
             self.say(outcome.report)
