@@ -123,6 +123,7 @@ def test_panic_is_seen(machine: Machine) -> None:
     outcome = machine.run(timeout=300)
     assert outcome.ending is Ending.RESET
     assert b"Kernel panic" in machine.output
+    assert outcome.detail.startswith("kernel panic: VFS: Unable to mount root fs")
 
 
 # The virtual clock.

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from time import monotonic, time
 
 from devices import registry
-from devices.bus import Bus, BusType, Range
+from devices.bus import ALL_ONES, Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
 from devices.pci.contract import PciConfig
@@ -105,7 +105,8 @@ class Parts:
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
-        self.buses = {BusType.PIO: Bus(BusType.PIO, 1 << 16), BusType.MMIO: mmio}
+        ports = Bus(BusType.PIO, 1 << 16, mmio.recent)
+        self.buses = {BusType.PIO: ports, BusType.MMIO: mmio}
         for region in self.memory.regions:
             mmio.reserve(Range(region.start, region.size))
         self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, tsc=self._tsc)
@@ -348,10 +349,20 @@ class Parts:
         except Exception as error:
             self.wiring.log(name, f"close failed: {error!r}")
 
-    def _crash_report(self) -> str:
-        from vmm.cpu.report import crash_report  # loads the disassembler
+    def _crash_report(self, cause: str) -> str:
+        from vmm.cpu.report import crash_report, unknown_instruction  # loads the disassembler
 
-        return crash_report(self.cpu, self.symbols)
+        head = unknown_instruction(self.cpu) if cause.startswith("triple fault: #UD") else ""
+        return head + crash_report(self.cpu, self.symbols) + self.last_accesses()
+
+    def last_accesses(self) -> str:
+        """The last accesses of the guest to devices, a line for each, the latest at the end."""
+        lines = [
+            f"  {'write' if writes else 'read '} {where.kind} {address:#x}, {8 * size:2} bits: "
+            f"{value & ALL_ONES[size]:#x} ({where.owner or 'nobody answers there'})\n"
+            for where, writes, address, size, value in self.buses[BusType.MMIO].recent
+        ]
+        return "".join(["last accesses to devices:\n", *lines]) if lines else ""
 
     # Quiet.
 
