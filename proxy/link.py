@@ -274,6 +274,8 @@ class Link:
                 events.msi(name, address, data)
             case m.WrotePages(count, first):
                 events.wrote_pages(name, first, count)
+            case m.WantTurn():
+                events.want_turn(name)
             case m.Output(data):
                 events.output(name, data)
             case m.InputWanted():

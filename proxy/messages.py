@@ -22,11 +22,21 @@ from proxy.codec import (
     decode,
 )
 from proxy.shape import ClaimedRange, Shape
+from proxy.upcalls import (
+    DWORD,
+    EMPTY,
+    ExitRequest,
+    InputWanted,
+    IrqLevel,
+    LastWords,
+    Log,
+    Msi,
+    Output,
+    WantTurn,
+    WrotePages,
+)
 
-_EMPTY = struct.Struct("<B")
-_DWORD = struct.Struct("<B3xI")
 _TWO_DWORDS = struct.Struct("<B3xII")
-_DWORD_QWORD = struct.Struct("<B3xIQ")
 
 
 def _check_length(length: int, most: int) -> None:
@@ -41,7 +51,7 @@ class Ok(Message, frozen=True):
     """Done."""
 
     opcode = 0x40
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Refused(TextMessage, frozen=True):
@@ -74,7 +84,7 @@ class ReadConfigResult(Message, frozen=True):
     """The dword of a config register."""
 
     opcode = 0x44
-    layout = _DWORD
+    layout = DWORD
     value: int
 
 
@@ -97,7 +107,7 @@ class ReadVirtualConfigResult(Message, frozen=True):
     """The value of a virtual config register."""
 
     opcode = 0x47
-    layout = _DWORD
+    layout = DWORD
     value: int
 
 
@@ -120,7 +130,7 @@ class InputResult(Message, frozen=True):
     """How many leading bytes of the input the device took."""
 
     opcode = 0x4A
-    layout = _DWORD
+    layout = DWORD
     accepted: int
 
 
@@ -132,7 +142,7 @@ class Activate(Message, frozen=True):
 
     opcode = 0x01
     reply = Activated
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Read(Message, frozen=True):
@@ -175,7 +185,7 @@ class ReadConfig(Message, frozen=True):
 
     opcode = 0x04
     reply = ReadConfigResult
-    layout = _DWORD
+    layout = DWORD
     register: int
 
 
@@ -213,7 +223,7 @@ class ReadVirtualConfig(Message, frozen=True):
 
     opcode = 0x07
     reply = ReadVirtualConfigResult
-    layout = _DWORD
+    layout = DWORD
     register: int
 
 
@@ -231,7 +241,7 @@ class DestroyDevice(Message, frozen=True):
     """The device goes away (hot-unplug), its process stays in its loop; posted."""
 
     opcode = 0x09
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Shutdown(Message, frozen=True):
@@ -239,7 +249,7 @@ class Shutdown(Message, frozen=True):
 
     opcode = 0x0A
     reply = Ok
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class GetRanges(Message, frozen=True):
@@ -247,7 +257,7 @@ class GetRanges(Message, frozen=True):
 
     opcode = 0x0B
     reply = Ranges
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Snapshot(Message, frozen=True):
@@ -256,7 +266,7 @@ class Snapshot(Message, frozen=True):
     opcode = 0x0C
     reply = SnapshotResult
     refusable = True
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Restore(Message, frozen=True):
@@ -275,7 +285,7 @@ class Sleep(Message, frozen=True):
     opcode = 0x0E
     reply = Ok
     refusable = True
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Wake(Message, frozen=True):
@@ -284,7 +294,7 @@ class Wake(Message, frozen=True):
     opcode = 0x0F
     reply = Ok
     refusable = True
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Input(PayloadMessage, frozen=True):
@@ -299,14 +309,14 @@ class Sync(Message, frozen=True):
 
     opcode = 0x13
     reply = Ok
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class LaneOpen(Message, frozen=True):
     """From here on accesses come through the shared page; posted. Generations count up from 1."""
 
     opcode = 0x11
-    layout = _DWORD
+    layout = DWORD
     generation: int
 
 
@@ -314,74 +324,7 @@ class LaneClose(Message, frozen=True):
     """Finish what is in the shared page; accesses come through the tube again; posted."""
 
     opcode = 0x12
-    layout = _EMPTY
-
-
-# Upcalls.
-
-
-class IrqLevel(Message, frozen=True):
-    """Drive an interrupt line."""
-
-    opcode = 0x80
-    layout = struct.Struct("<B?B")
-    level: bool
-    pin: int
-
-
-class Msi(Message, frozen=True):
-    """A message-signalled interrupt."""
-
-    opcode = 0x81
-    layout = _DWORD_QWORD
-    data: int
-    address: int
-
-
-class WrotePages(Message, frozen=True):
-    """`count` guest pages of 4 KiB from page number `first` were written."""
-
-    opcode = 0x82
-    layout = _DWORD_QWORD
-    count: int
-    first: int
-
-    def __post_init__(self) -> None:
-        if self.first + self.count > 1 << 52:
-            raise ValueError("pages past the end of the address space")
-
-
-class Log(TextMessage, frozen=True):
-    """One line for the machine's log."""
-
-    opcode = 0x83
-
-
-class Output(PayloadMessage, frozen=True):
-    """Bytes for the outside world."""
-
-    opcode = 0x84
-
-
-class InputWanted(Message, frozen=True):
-    """There is room for input again."""
-
-    opcode = 0x85
-    layout = _EMPTY
-
-
-class ExitRequest(Message, frozen=True):
-    """End the run with this guest exit value."""
-
-    opcode = 0x86
-    layout = struct.Struct("<B7xQ")
-    value: int
-
-
-class LastWords(TextMessage, frozen=True):
-    """Why the process is about to end by itself."""
-
-    opcode = 0x87
+    layout = EMPTY
 
 
 _ALL = [each for each in globals().values() if isinstance(each, type) and issubclass(each, Message)]
@@ -396,4 +339,21 @@ REPLIES = _table(0x40, 0x80)
 UPCALLS = _table(0x80, 0x100)
 FROM_CHILD: Mapping[int, type[Message]] = {**REPLIES, **UPCALLS}
 
-__all__ = ["MAX_BYTES", "MAX_MESSAGE", "MAX_TEXT", "ClaimedRange", "Message", "Shape", "decode"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_MESSAGE",
+    "MAX_TEXT",
+    "ClaimedRange",
+    "ExitRequest",
+    "InputWanted",
+    "IrqLevel",
+    "LastWords",
+    "Log",
+    "Message",
+    "Msi",
+    "Output",
+    "Shape",
+    "WantTurn",
+    "WrotePages",
+    "decode",
+]

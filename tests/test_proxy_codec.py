@@ -60,6 +60,7 @@ SAMPLES: list[m.Message] = [
     m.InputWanted(),
     m.ExitRequest(1 << 40),
     m.LastWords("farewell"),
+    m.WantTurn(),
 ]
 
 

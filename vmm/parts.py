@@ -14,22 +14,23 @@ from time import monotonic, time
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.pci.contract import PciConfig
-from devices.pci.intx import Slot
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailUnavailable
 from proxy.placement import Placement
 from proxy.warden import Warden
-from vmm.attachment import Attachment, DeviceFactory, SyncedHandler, build_local
+from vmm.attachment import Attachment, SyncedHandler
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
 from vmm.events import EventLoop, Timer
+from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
+from vmm.slots import plug_in
+from vmm.turns import TurnGiver
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
@@ -100,11 +101,9 @@ class Parts:
         for device in self.config.devices:
             child = children.get(device.name)
             if child is None:
-                local = build_local(device, self.wiring, factories.get(device.name), {})
-                self._stack.callback(self._close_local, device.name, local)
-                self._attach(device, local)
+                self._attach_local(device, factories.get(device.name))
             else:
-                self._attach(device, self._activate(child))
+                self._attach(device, Attachment(device, self._activate(child)))
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
@@ -187,6 +186,8 @@ class Parts:
             ),
             epoch=epoch,
         )
+        self.turns = TurnGiver(self.events, self.request_attention)
+        self.wiring.turn_wanted = self.turns.want
         self.pci = self.wiring.pci = self.board.pci
         self.wiring.irqchip = self.board.irqchip
         self.placement = Placement(lanes=self.host.fast_lane)
@@ -195,7 +196,7 @@ class Parts:
             self.events,
             self.board.irqchip,
             self.clock,
-            between=between,
+            between=lambda: self._between(between),
             crash_report=self._crash_report,
         )
 
@@ -210,50 +211,37 @@ class Parts:
         self._stack.callback(proxy.shutdown)
         proxy.watch_writes(self._posted)
         self.proxies.append(proxy)
+        self.turns.add(proxy.name, proxy.sync)
         self.events.add(proxy.doorbell, lambda: self._rung(proxy))
         self.events.add(proxy.pidfd, lambda: self._ended(proxy))
         return proxy
 
-    def _attach(self, device: DeviceConfig, driven: Device | ProxyDevice) -> None:
-        attachment = Attachment(device, driven)
+    def _attach_local(self, device: DeviceConfig, factory: DeviceFactory | None) -> None:
+        virtual = self.config.clock is ClockKind.VIRTUAL
+        host = LocalHost(device.name, self.wiring, {}, finish_work=virtual)
+        local = build_local(device, host, factory)
+        self._stack.callback(self._close_local, device.name, local)
+        if local.dma:
+            host.turns.memory.map([(region.start, region.view) for region in self.memory.ram])
+        turns = LocalTurns(local, host.turns, self.events)
+        self._stack.callback(turns.sleep)
+        self.turns.add(device.name, turns.take)
+        self._attach(device, Attachment(device, local, local=turns))
+
+    def _attach(self, device: DeviceConfig, attachment: Attachment) -> None:
+        driven = attachment.device
         if isinstance(driven, ProxyDevice) and self.config.clock is ClockKind.VIRTUAL:
             attachment.handlers = [SyncedHandler(h, driven.sync) for h in driven.handlers()]
         function = attachment.pci_function()
         if device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")
         if function is not None:
-            self._plug_in(attachment, function)
+            plug_in(self.pci, attachment, function, self.config)
         elif device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
         attachment.place(self.buses)
         self.attachments.append(attachment)
         self.wiring.attached[device.name] = attachment
-
-    def _plug_in(self, attachment: Attachment, function: PciConfig) -> None:
-        device = attachment.config
-        if device.irq is not None:
-            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
-        attachment.slot = slot = self._free_slot(device)
-        attachment.regions()  # that they can be is looked at before they are used
-        bars = attachment.bars()
-        try:
-            self.pci.add(Slot(slot), function, device.name, attachment.handlers, bars)
-        except ValueError as error:
-            raise DeviceError(device.name, f"cannot be plugged in: {error}") from error
-
-    def _free_slot(self, device: DeviceConfig) -> int:
-        taken = {slot.device: owner for slot, owner in self.pci.slots()}
-        wished = {other.slot for other in self.config.devices if other is not device}
-        if device.slot is None:
-            for number in range(1, 32):
-                if number not in taken and number not in wished:
-                    return number
-            raise UserError(f"device '{device.name}': all 31 PCI slots are taken")
-        if device.slot in taken:
-            raise UserError(
-                f"device '{device.name}': slot {device.slot} is taken by '{taken[device.slot]}'"
-            )
-        return device.slot
 
     # What the parts tell each other.
 
@@ -285,6 +273,11 @@ class Parts:
     def _ended(self, proxy: ProxyDevice) -> None:
         self.events.remove(proxy.pidfd)
         proxy.check()
+
+    def _between(self, between: Callable[[], None]) -> None:
+        if not self.vcpu.suspended:
+            self.turns.give(self.cpu.halted)
+        between()
 
     def request_attention(self) -> None:
         """Have the vCPU loop come back and look, soon."""

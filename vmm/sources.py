@@ -11,9 +11,9 @@ import guests
 from devices import registry
 from devices.contract import Device, DeviceHost
 from devices.errors import UserError
-from vmm.attachment import DeviceFactory
 from vmm.boot.options import BootOptions, Mode
 from vmm.config import MachineConfig
+from vmm.local import DeviceFactory
 
 
 def model_and_factory(
