@@ -8,7 +8,7 @@ import select
 import signal
 import socket
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -39,6 +39,43 @@ from proxy.warden_process import (
 
 _MARGIN = 2.0
 """Seconds that the warden has beyond the deadline of a start to say that it passed."""
+_AT_ONCE = 8
+"""Devices that start side by side; more would get in each other's way and miss the deadline."""
+
+
+class Start:
+    """A device process that was ordered: it starts while its machine does something else."""
+
+    def __init__(self, name: str, take_answer: Callable[[], None]) -> None:
+        self.name = name
+        self._take_answer = take_answer
+        self._result: ChildInterface | UserError | DeviceError | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether `wait` need not wait."""
+        return self._result is not None
+
+    def settle(self, result: ChildInterface | UserError | DeviceError) -> None:
+        """What became of it."""
+        self._result = result
+
+    def fail(self, why: str) -> None:
+        """There will be no such device process."""
+        self.settle(DeviceError(self.name, f"cannot be started: {why}"))
+
+    def wait(self) -> ChildInterface:
+        """The device process, in its jail.
+
+        Raises:
+            UserError: the model, its options or its descriptors are wrong.
+            DeviceError: it could not be started.
+        """
+        while self._result is None:
+            self._take_answer()
+        if not isinstance(self._result, ChildInterface):
+            raise self._result
+        return self._result
 
 
 class Warden:
@@ -72,6 +109,8 @@ class Warden:
         self._unread: list[Obituary] = []
         self._known: dict[int, Obituary] = {}
         self._pids: dict[str, int] = {}
+        self._orders = 0
+        self._starts: dict[int, Start] = {}
         self._children: weakref.WeakSet[ChildInterface] = weakref.WeakSet()
         self._owner = os.getpid()
         control, theirs = pair()
@@ -111,6 +150,21 @@ class Warden:
     ) -> ChildInterface:
         """Start a device process; it is in its jail when this returns.
 
+        Args and raises: as `order`, and as `Start.wait`.
+        """
+        return self.order(name, model, options, factory=factory, fds=fds).wait()
+
+    def order(
+        self,
+        name: str,
+        model: str,
+        options: Mapping[str, Any],
+        *,
+        factory: int | None = None,
+        fds: Mapping[str, int] | None = None,
+    ) -> Start:
+        """Have a device process started; several that were ordered start side by side.
+
         Args:
             name: the device's configured name.
             model: the model's name; with `factory` it only chooses the jail's policy.
@@ -119,38 +173,66 @@ class Warden:
             fds: descriptors for the device; duplicated, the caller keeps its own.
 
         Raises:
-            UserError: the model, its options or its descriptors are wrong.
-            DeviceError: it could not be started.
+            UserError: too many descriptors, or no such factory.
+            DeviceError: it cannot be started.
         """
         fds = fds or {}
         if len(fds) > MAX_DESCRIPTORS:
             raise UserError(f"device '{name}': at most {MAX_DESCRIPTORS} descriptors")
         if factory is not None and not 0 <= factory < self._factories:
             raise UserError(f"device '{name}': there is no factory {factory}")
+        while len(self._starts) >= _AT_ONCE:
+            self._take_answer()
         if self._closed or self.dead:
             raise DeviceError(name, "cannot be started: the warden is gone")
         order = SpawnOrder(name, model, dict(options), factory, list(fds))
         try:
             self._control.send(msgspec.json.encode(order), list(fds.values()))
-            data, got = self._control.receive()
-        except (TubeClosed, BlockingIOError, ProtocolFault) as error:
+        except TubeClosed as error:
             self._lose()
             raise DeviceError(name, "cannot be started: the warden is gone") from error
         except OSError as error:
-            # The child's descriptors are closed already, so it ends.
-            text = f"cannot be started: {error.strerror}"
-            raise DeviceError(name, text) from error
+            raise DeviceError(name, f"cannot be started: {error.strerror}") from error
+        start = self._starts[self._orders] = Start(name, self._take_answer)
+        self._orders += 1
+        return start
+
+    def _take_answer(self) -> None:
+        """Wait for what became of one of the orders, whichever comes first."""
+        if self._closed or self.dead:
+            self._fail_starts("the warden is gone")
+            return
+        try:
+            data, got = self._control.receive()
+        except (TubeClosed, BlockingIOError, ProtocolFault):
+            self._lose()
+            self._fail_starts("the warden is gone")
+            return
+        except OSError as error:
+            # Whose answer that was is not known. A child whose descriptors are closed ends.
+            self._fail_starts(error.strerror or str(error))
+            return
         answer = msgspec.json.decode(data, type=Launched | NotLaunched)
-        if isinstance(answer, NotLaunched):
+        start = self._starts.pop(answer.order, None)
+        if start is None or isinstance(answer, NotLaunched):
             close_all(got)
-            if answer.by_user:
-                raise UserError(answer.text)
-            raise DeviceError(name, f"cannot be started: {answer.text}")
-        child = ChildInterface.from_fds(name, answer.pid, got, answer.jail_report)
-        child.obituary_of = self._obituary_of
-        self._pids[name] = answer.pid
-        self._children.add(child)
-        return child
+        if start is None:
+            return
+        if isinstance(answer, Launched):
+            child = ChildInterface.from_fds(start.name, answer.pid, got, answer.jail_report)
+            child.obituary_of = self._obituary_of
+            self._pids[start.name] = answer.pid
+            self._children.add(child)
+            start.settle(child)
+        elif answer.by_user:
+            start.settle(UserError(answer.text))
+        else:
+            start.fail(answer.text)
+
+    def _fail_starts(self, why: str) -> None:
+        starts, self._starts = self._starts, {}
+        for start in starts.values():
+            start.fail(why)
 
     def obituaries(self) -> list[Obituary]:
         """The ends that were not told yet, in order; never waits."""
@@ -175,13 +257,13 @@ class Warden:
             child.close()
         with contextlib.suppress(TubeClosed):
             self._control.send(msgspec.json.encode(CloseAll()))
+        self._control.close()  # and with it what comes of orders that nobody waits for any more
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if not poll.poll(10_000):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self._listen(0)
-        self._control.close()
         self._events.close()
         os.close(self._pidfd)
 

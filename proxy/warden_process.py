@@ -50,8 +50,9 @@ class CloseAll(msgspec.Struct, frozen=True, tag="close"):
 
 
 class Launched(msgspec.Struct, frozen=True, tag="launched"):
-    """A child interface's descriptors travel with this."""
+    """A child interface's descriptors travel with this; `order` counts the orders from 0."""
 
+    order: int
     pid: int
     jail_report: Any
 
@@ -59,6 +60,7 @@ class Launched(msgspec.Struct, frozen=True, tag="launched"):
 class NotLaunched(msgspec.Struct, frozen=True, tag="refused"):
     """Why there is no device; `by_user` if its configuration is to blame."""
 
+    order: int
     by_user: bool
     text: str
 
@@ -66,6 +68,7 @@ class NotLaunched(msgspec.Struct, frozen=True, tag="refused"):
 @dataclass
 class _Child:
     name: str
+    order: int
     pid: int
     pidfd: int
     setup: socket.socket | None
@@ -148,6 +151,7 @@ class _Warden:
         self._poll = select.poll()
         self._watched: dict[int, Callable[[], None]] = {}
         self._ending = False
+        self._orders = 0
         self._imported: set[str] = set()
         self._watch(control.fileno(), self._take_order)
 
@@ -190,20 +194,23 @@ class _Warden:
             self._ending = True
             return
         except OSError as error:
-            self._answer(NotLaunched(False, str(error.strerror)))
+            self._answer(NotLaunched(self._orders, False, str(error.strerror)))
+            self._orders += 1
             return
+        number = self._orders
+        self._orders += 1
         try:
             order = msgspec.json.decode(data, type=SpawnOrder | CloseAll)
             if isinstance(order, CloseAll):
                 self._ending = True
             else:
-                self._launch(order, fds)
+                self._launch(number, order, fds)
         except OSError as error:
-            self._answer(NotLaunched(False, error.strerror or str(error)))
+            self._answer(NotLaunched(number, False, error.strerror or str(error)))
         finally:
             close_all(fds)
 
-    def _launch(self, order: SpawnOrder, fds: list[int]) -> None:
+    def _launch(self, number: int, order: SpawnOrder, fds: list[int]) -> None:
         factory = None if order.factory is None else self._factories[order.factory]
         if factory is None:
             self._import(order.model)
@@ -239,7 +246,7 @@ class _Warden:
             setup_there.close()
         here.detach()
         start_by = monotonic() + self._deadline
-        child = _Child(order.name, pid, pidfd, setup_here, give, start_by)
+        child = _Child(order.name, number, pid, pidfd, setup_here, give, start_by)
         self._children[pid] = child
         self._watch(setup_here.fileno(), lambda: self._hear(child))
         self._watch(pidfd, lambda: self._bury(child))
@@ -286,12 +293,12 @@ class _Warden:
             self._unwatch(child.setup.fileno())
             return
         if isinstance(report, Ready):
-            self._end_start(child, Launched(child.pid, report.jail_report))
+            self._end_start(child, Launched(child.order, child.pid, report.jail_report))
         else:
             self._refuse(child, report.text, report.by_user)
 
     def _refuse(self, child: _Child, text: str, by_user: bool = False) -> None:
-        self._end_start(child, NotLaunched(by_user, text))
+        self._end_start(child, NotLaunched(child.order, by_user, text))
 
     def _end_start(self, child: _Child, answer: Launched | NotLaunched) -> None:
         """The start is over: answer the order and keep nothing of the child's tube."""
@@ -353,7 +360,7 @@ class _Warden:
         for child in list(self._children.values()):
             if child.setup is not None:
                 self._kill(child)
-                self._end_start(child, NotLaunched(False, "the warden ends"))
+                self._end_start(child, NotLaunched(child.order, False, "the warden ends"))
         while self._children:
             left = end - monotonic()
             poll = select.poll()

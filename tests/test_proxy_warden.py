@@ -72,7 +72,17 @@ class Counting(Probe):
         pass
 
 
-FACTORIES = (Probe, Hung, Dies, Inner, Escaping, EscapingAtStart, Counting)
+class Meeting(Probe):
+    """Starts only when another that holds the other end of its socket starts, too."""
+
+    def __init__(self, host: Any, options: Any = None) -> None:
+        super().__init__(host, options)
+        fd = host.fds["meet"]
+        os.write(fd, b"here")
+        os.read(fd, 4)
+
+
+FACTORIES = (Probe, Hung, Dies, Inner, Escaping, EscapingAtStart, Counting, Meeting)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +181,57 @@ def test_a_device_that_does_not_start_in_time() -> None:
         with pytest.raises(DeviceError, match=r"'dead'.*SIGKILL while it started"):
             warden.spawn("dead", "probe", {}, factory=2)
         warden.spawn("fine", "probe", {}, factory=0)
+
+
+def test_devices_that_were_ordered_start_side_by_side() -> None:
+    with Warden(FACTORIES, jail=JailMode.OFF, deadline=30) as warden:
+        slow = warden.order("slow", "probe", {}, factory=1)
+        one, other = socket.socketpair()
+        with one, other:
+            first = warden.order("first", "probe", {}, factory=7, fds={"meet": one.fileno()})
+            second = warden.order("second", "probe", {}, factory=7, fds={"meet": other.fileno()})
+            dead = warden.order("dead", "probe", {}, factory=2)
+            starts = (second, first)  # in another order than they were ordered
+            children = [each.wait() for each in starts]
+        assert [child.name for child in children] == ["second", "first"]
+        assert len({child.pid for child in children}) == 2
+        assert second.wait() is children[0]
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"'dead'.*SIGKILL while it started"):
+                dead.wait()
+        assert not slow.settled
+
+
+def test_more_orders_than_may_start_at_once() -> None:
+    with Warden(FACTORIES, jail=JailMode.OFF) as warden:
+        starts = [warden.order(f"n{i}", "probe", {}, factory=0) for i in range(25)]
+        assert sum(not start.settled for start in starts) <= 8
+        assert [start.wait().name for start in starts] == [f"n{i}" for i in range(25)]
+
+
+def test_a_start_that_nobody_waits_for_is_ended_with_the_warden() -> None:
+    before = open_descriptors()
+    warden = Warden(FACTORIES, jail=JailMode.OFF)
+    events = Recorder()
+    used = ProxyDevice(warden.spawn("used", "probe", {}, factory=0), events)
+    starts = [warden.order(f"n{i}", "probe", {}, factory=i % 2) for i in range(4)]
+    used.shutdown()
+    warden.close()
+    assert not os.path.exists(f"/proc/{warden.pid}")
+    for start in starts:
+        with pytest.raises(DeviceError, match="the warden is gone"):
+            start.wait()
+    assert open_descriptors() == before
+
+
+def test_orders_of_a_dead_warden_fail_by_name() -> None:
+    warden = Warden(FACTORIES, jail=JailMode.OFF)
+    starts = [warden.order(name, "probe", {}, factory=1) for name in ("one", "two")]
+    os.kill(warden.pid, signal.SIGKILL)
+    for start in starts:
+        with pytest.raises(DeviceError, match=f"'{start.name}': cannot be started: the warden"):
+            start.wait()
+    warden.close()
 
 
 def test_obituaries_are_told_once_and_wake_the_loop(warden: Warden) -> None:

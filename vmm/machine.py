@@ -47,6 +47,7 @@ from vmm.firmware.mptable import build_mptable
 from vmm.firmware.platform import Platform
 from vmm.interrupt import noted_signals
 from vmm.local import DeviceFactory
+from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
 from vmm.pc import platform_of
@@ -154,11 +155,19 @@ class Machine:
             UserError: the configuration, or the jail that this host cannot provide.
             DeviceError: a device that does not come up.
         """
+        self._build()
+
+    def _build(self, meanwhile: Callable[[GuestMemory], None] = lambda _: None) -> None:
         if self._closed:
             raise UserError("this machine is closed")
         if self._parts is None:
             self._parts = Parts(
-                self.config, self.host, self._factories, self.console, self._between_slices
+                self.config,
+                self.host,
+                self._factories,
+                self.console,
+                self._between_slices,
+                meanwhile=meanwhile,
             )
 
     @property
@@ -347,8 +356,10 @@ class Machine:
         config = snapshots.load_manifest(path).config
         machine = cls(config, host=host, jail=jail)
         machine._factories = sources.trusted_factories(config, factories or {}, models)
+        saved: list[snapshots.Snapshot] = []
         try:
-            saving.load(machine.parts, path)
+            machine._build(lambda memory: saved.append(snapshots.load(path, memory)))
+            saving.take_up(machine.parts, saved[0], path)
         except BaseException:
             machine.close()
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from time import monotonic, time
 
+from devices import registry
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
@@ -18,7 +19,7 @@ from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailUnavailable
 from proxy.placement import Placement
-from proxy.warden import Warden
+from proxy.warden import Start, Warden
 from vmm.attachment import Attachment, SyncedHandler
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
@@ -55,6 +56,8 @@ class Parts:
         factories: for devices that are not made from a model's name.
         console: of the device named "serial".
         between: see `VcpuLoop`.
+        meanwhile: called once while the device processes start; for what takes time and needs
+            only the memory.
 
     Raises:
         UserError: the configuration, or a jail that cannot be had.
@@ -68,6 +71,8 @@ class Parts:
         factories: Mapping[str, DeviceFactory],
         console: ConsoleBuffer,
         between: Callable[[], None],
+        *,
+        meanwhile: Callable[[GuestMemory], None] = lambda _: None,
     ) -> None:
         self.config = config
         self.host = host
@@ -78,15 +83,20 @@ class Parts:
         self._look: Timer | None = None
         self._stack = ExitStack()
         try:
-            self._build(factories, between)
+            self._build(factories, between, meanwhile)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise UserError("too many open files for so many devices: see ulimit -n") from error
             raise
 
-    def _build(self, factories: Mapping[str, DeviceFactory], between: Callable[[], None]) -> None:
-        children = self._fork_children(factories)
+    def _build(
+        self,
+        factories: Mapping[str, DeviceFactory],
+        between: Callable[[], None],
+        meanwhile: Callable[[GuestMemory], None],
+    ) -> None:
+        starts = self._order_children(factories)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
@@ -98,12 +108,13 @@ class Parts:
         self.events = EventLoop(self.cpu.kick)
         self._stack.callback(self.events.close)
         self._build_platform(between)
+        meanwhile(self.memory)
         for device in self.config.devices:
-            child = children.get(device.name)
-            if child is None:
+            start = starts.get(device.name)
+            if start is None:
                 self._attach_local(device, factories.get(device.name))
             else:
-                self._attach(device, Attachment(device, self._activate(child)))
+                self._attach(device, Attachment(device, self._activate(start.wait())))
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
@@ -111,8 +122,11 @@ class Parts:
 
     # Building.
 
-    def _fork_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, ChildInterface]:
-        """The device processes, by device name; the warden is there even if there is none yet."""
+    def _order_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, Start]:
+        """The device processes, by device name, which start from now on while we build the rest.
+
+        The warden is there even if there is none yet.
+        """
         own = [name for name in factories if self._is_isolated(name)]
         unjailed = self._without_process()
         if unjailed and self.host.jail is JailMode.STRICT:
@@ -121,6 +135,9 @@ class Parts:
                 "give them isolation=jail",
                 (),
             )
+        for device in self.config.devices:
+            if device.isolated and device.model in registry.MODELS:
+                registry.load(device.model)  # once in this process: each warden inherits it
         self.warden = Warden(
             [factories[name] for name in own], jail=self.host.jail, deadline=self.host.deadline
         )
@@ -133,7 +150,7 @@ class Parts:
             )
         self.jail_line = "\n".join(line for line in lines if line)
         return {
-            device.name: self.warden.spawn(
+            device.name: self.warden.order(
                 device.name,
                 device.model,
                 device.options,

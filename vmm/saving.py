@@ -40,14 +40,16 @@ def save(parts: Parts, path: Path) -> None:
             parts.resume()
 
 
-def load(parts: Parts, path: Path) -> None:
-    """Take up a snapshot; the machine is suspended afterwards.
+def take_up(parts: Parts, saved: snapshots.Snapshot, path: Path) -> None:
+    """Take up a snapshot whose memory is loaded; the machine is suspended afterwards.
+
+    Args:
+        path: where it came from, for messages.
 
     Raises:
-        UserError: it is damaged, does not fit this machine, or a device refuses its state.
+        UserError: it does not fit this machine, or a device refuses its state.
         DeviceFailure: a device failed over it.
     """
-    saved = snapshots.load(path, parts.memory)
     change = difference(saved.config, parts.config)
     if change is not None:
         raise UserError(f"snapshot {path} does not fit this machine: {change}")
