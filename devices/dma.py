@@ -172,6 +172,17 @@ class Turns:
         write(offset, size, value)
         self._finish()
 
+    def reader(self, read: Callable[[int, int], int]) -> Callable[[int, int], int]:
+        """`read` of a model that may write memory in it; a read is a turn."""
+        flush = self.memory.flush
+
+        def turn(offset: int, size: int) -> int:
+            value = read(offset, size)
+            flush()
+            return value
+
+        return turn
+
     def work(self) -> None:
         """Do the work that the model wanted; beside the guest."""
         self.work_wanted = False

@@ -21,7 +21,7 @@ from proxy.codec import (
     TextMessage,
     decode,
 )
-from proxy.shape import ClaimedRange, Shape
+from proxy.shape import ClaimedRange, MemoryRegion, Shape
 from proxy.upcalls import (
     DWORD,
     EMPTY,
@@ -180,6 +180,13 @@ class Write(Message, frozen=True):
         _check_length(self.length, 8)
 
 
+class SyncedWrite(Write, frozen=True):
+    """As `Write`, but answered: the device has had the turn that the write led to."""
+
+    opcode = 0x14
+    reply = Ok
+
+
 class ReadConfig(Message, frozen=True):
     """Read one dword of configuration space."""
 
@@ -305,11 +312,22 @@ class Input(PayloadMessage, frozen=True):
 
 
 class Sync(Message, frozen=True):
-    """Answer once everything before this was done: a barrier that changes nothing."""
+    """Answer once everything before this was done, and the device has had the turn it wants.
+
+    A barrier that changes nothing if it wants none.
+    """
 
     opcode = 0x13
     reply = Ok
     layout = EMPTY
+
+
+class MapGuestMemory(Message, frozen=True):
+    """This is guest memory; one descriptor of it travels with the message. Only for DMA."""
+
+    opcode = 0x15
+    reply = Ok
+    regions: tuple[MemoryRegion, ...]
 
 
 class LaneOpen(Message, frozen=True):
@@ -349,6 +367,7 @@ __all__ = [
     "IrqLevel",
     "LastWords",
     "Log",
+    "MemoryRegion",
     "Message",
     "Msi",
     "Output",

@@ -41,23 +41,6 @@ class Driven(Protocol):
     def restore(self, saved: Any) -> None: ...
 
 
-class SyncedHandler:
-    """A region whose writes are not posted: the guest goes on when the device has done them.
-
-    With a virtual clock what a write leads to (an interrupt) must come at the same instruction in
-    every run, however fast the device process is.
-    """
-
-    def __init__(self, handler: BusDevice, sync: Callable[[], None]) -> None:
-        self.read = handler.read
-        self._write = handler.write
-        self._sync = sync
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        self._write(offset, size, value)
-        self._sync()
-
-
 @dataclass
 class Attachment:
     """One configured device.

@@ -7,6 +7,7 @@ apart; only that what runs beside the guest there runs between two slices of it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from devices import registry
 from devices.bus import BusDevice
@@ -18,6 +19,17 @@ from vmm.config import DeviceConfig
 from vmm.events import EventLoop
 
 DeviceFactory = Callable[[DeviceHost], Device]
+
+
+class ModelFactory:
+    """Makes a device of a class, with options that were parsed before."""
+
+    def __init__(self, kind: type[Device], options: Any) -> None:
+        self.kind = kind
+        self._options = options
+
+    def __call__(self, host: DeviceHost) -> Device:
+        return self.kind(host, self._options)
 
 
 class LocalHost:
@@ -68,14 +80,10 @@ class LocalHandler:
     """A region of a model that has turns."""
 
     def __init__(self, handler: BusDevice, synced: bool, local: LocalTurns) -> None:
+        self.read = local.turns.reader(handler.read)
         self._handler = handler
         self._synced = synced
         self._local = local
-
-    def read(self, offset: int, size: int) -> int:
-        value = self._handler.read(offset, size)
-        self._local.turns.memory.flush()
-        return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         if self._synced:

@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from time import monotonic, time
 
-from devices import registry
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
-from proxy.jail import JailMode, JailUnavailable
 from proxy.placement import Placement
-from proxy.warden import Start, Warden
-from vmm.attachment import Attachment, SyncedHandler
+from proxy.tube import close_all
+from vmm.attachment import Attachment
+from vmm.children import files_for, may_map_memory, order_children
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
@@ -41,8 +40,6 @@ PCI_MMIO_TOP = 0xFEC0_0000
 """Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
 PHYSICAL_LIMIT = 1 << 40
 """The guest's physical address space: 40 bits."""
-DEBUG_EXIT = "debug-exit"
-"""The one model that needs no process: all it can do is end the machine."""
 VIRTUAL_EPOCH = 1_767_225_600
 """The time of day at which a machine with a virtual clock starts: 2026-01-01 00:00 UTC."""
 
@@ -96,7 +93,9 @@ class Parts:
         between: Callable[[], None],
         meanwhile: Callable[[GuestMemory], None],
     ) -> None:
-        starts = self._order_children(factories)
+        children = order_children(self.config, self.host, factories)
+        self.warden, self.jail_line = children.warden, children.jail_line
+        self._stack.callback(self.warden.close)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
@@ -110,66 +109,18 @@ class Parts:
         self._build_platform(between)
         meanwhile(self.memory)
         for device in self.config.devices:
-            start = starts.get(device.name)
+            start, factory = children.starts.get(device.name), factories.get(device.name)
             if start is None:
-                self._attach_local(device, factories.get(device.name))
+                self._attach_local(device, factory)
             else:
-                self._attach(device, Attachment(device, self._activate(start.wait())))
+                proxy = self._activate(start.wait(), may_map_memory(device, factory))
+                self._attach(device, Attachment(device, proxy))
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
         )
 
     # Building.
-
-    def _order_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, Start]:
-        """The device processes, by device name, which start from now on while we build the rest.
-
-        The warden is there even if there is none yet.
-        """
-        own = [name for name in factories if self._is_isolated(name)]
-        unjailed = self._without_process()
-        if unjailed and self.host.jail is JailMode.STRICT:
-            raise JailUnavailable(
-                f"--jail=strict cannot be had: without a process of their own are {unjailed}; "
-                "give them isolation=jail",
-                (),
-            )
-        for device in self.config.devices:
-            if device.isolated and device.model in registry.MODELS:
-                registry.load(device.model)  # once in this process: each warden inherits it
-        self.warden = Warden(
-            [factories[name] for name in own], jail=self.host.jail, deadline=self.host.deadline
-        )
-        self._stack.callback(self.warden.close)
-        lines = [self.warden.plan.one_line()]
-        if unjailed:
-            lines.append(
-                f"jail: none for {unjailed} (isolation=none): no process of their own, "
-                "all the rights of this user"
-            )
-        self.jail_line = "\n".join(line for line in lines if line)
-        return {
-            device.name: self.warden.order(
-                device.name,
-                device.model,
-                device.options,
-                factory=own.index(device.name) if device.name in own else None,
-            )
-            for device in self.config.devices
-            if device.isolated
-        }
-
-    def _is_isolated(self, name: str) -> bool:
-        return any(device.name == name and device.isolated for device in self.config.devices)
-
-    def _without_process(self) -> str:
-        """The devices that no jail holds, apart from the debug-exit port."""
-        return ", ".join(
-            f"'{device.name}'"
-            for device in self.config.devices
-            if not device.isolated and device.model != DEBUG_EXIT
-        )
 
     def _build_platform(self, between: Callable[[], None]) -> None:
         """Clock, board and vCPU loop, which live in this process."""
@@ -203,7 +154,7 @@ class Parts:
             ),
             epoch=epoch,
         )
-        self.turns = TurnGiver(self.events, self.request_attention)
+        self.turns = TurnGiver(self.clock, self.request_attention)
         self.wiring.turn_wanted = self.turns.want
         self.pci = self.wiring.pci = self.board.pci
         self.wiring.irqchip = self.board.irqchip
@@ -221,9 +172,14 @@ class Parts:
         """The time-stamp counter runs at 1 GHz, so that it is guest time."""
         return self.clock.now()
 
-    def _activate(self, child: ChildInterface) -> ProxyDevice:
+    def _activate(self, child: ChildInterface, dma: bool) -> ProxyDevice:
         proxy = ProxyDevice(
-            child, self.wiring, deadline=self.host.deadline, placement=self.placement
+            child,
+            self.wiring,
+            deadline=self.host.deadline,
+            placement=self.placement,
+            memory=self.memory.for_devices() if dma else None,
+            synced=self.config.clock is ClockKind.VIRTUAL,
         )
         self._stack.callback(proxy.shutdown)
         proxy.watch_writes(self._posted)
@@ -235,7 +191,9 @@ class Parts:
 
     def _attach_local(self, device: DeviceConfig, factory: DeviceFactory | None) -> None:
         virtual = self.config.clock is ClockKind.VIRTUAL
-        host = LocalHost(device.name, self.wiring, {}, finish_work=virtual)
+        fds = files_for(device, factory)
+        self._stack.callback(close_all, list(fds.values()))
+        host = LocalHost(device.name, self.wiring, fds, finish_work=virtual)
         local = build_local(device, host, factory)
         self._stack.callback(self._close_local, device.name, local)
         if local.dma:
@@ -246,9 +204,6 @@ class Parts:
         self._attach(device, Attachment(device, local, local=turns))
 
     def _attach(self, device: DeviceConfig, attachment: Attachment) -> None:
-        driven = attachment.device
-        if isinstance(driven, ProxyDevice) and self.config.clock is ClockKind.VIRTUAL:
-            attachment.handlers = [SyncedHandler(h, driven.sync) for h in driven.handlers()]
         function = attachment.pci_function()
         if device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")

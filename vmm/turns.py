@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
 
-from vmm.events import EventLoop
+from devices.clock import Clock
+
+REST_NS = 20_000
+"""The least guest time between two turns that a device asked for."""
 
 
 class TurnGiver:
     """Keeps who wants a turn, and sees that the guest gets on between them.
 
     A device that wants one turn after another has at most half of the time: the guest runs for as
-    long as the turn took before the next. Only a halted guest does not make it wait.
+    long as the turn took before the next, and at least for `REST_NS`. Only a halted guest does
+    not make it wait. Guest time counts, so that runs with a virtual clock stay repeatable.
 
     Args:
         attention: has `give` called soon, with the vCPU stopped.
     """
 
-    def __init__(self, loop: EventLoop, attention: Callable[[], None]) -> None:
-        self._loop = loop
+    def __init__(self, clock: Clock, attention: Callable[[], None]) -> None:
+        self._clock = clock
         self._attention = attention
         self._takers: dict[str, Callable[[], None]] = {}
         self._wanted: dict[str, None] = {}
@@ -42,15 +45,15 @@ class TurnGiver:
             if name in self._resting and not halted:
                 continue
             del self._wanted[name]
-            begin = monotonic()
+            begin = self._clock.now()
             self._takers[name]()
             self._rest(name, begin)
 
-    def _rest(self, name: str, begin: float) -> None:
+    def _rest(self, name: str, begin: int) -> None:
         if name not in self._resting:
             self._resting.add(name)
-            now = monotonic()
-            self._loop.call_at(now + now - begin, lambda: self._rested(name))
+            now = self._clock.now()
+            self._clock.call_at(now + max(now - begin, REST_NS), lambda: self._rested(name))
 
     def _rested(self, name: str) -> None:
         self._resting.discard(name)
