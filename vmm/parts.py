@@ -34,6 +34,8 @@ from vmm.turns import TurnGiver
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
+LONG_DRAIN = 1e-3
+"""Seconds of listening to one device after which the guest runs for as long."""
 LOOKS = 4
 """Looks within a deadline at whether devices do what was posted to them."""
 PCI_MMIO_TOP = 0xFEC0_0000
@@ -218,8 +220,17 @@ class Parts:
     # What the parts tell each other.
 
     def _rung(self, proxy: ProxyDevice) -> None:
-        if proxy.drain():
-            self.request_attention()  # a bounded number at a time: others want their turn
+        begin = monotonic()
+        more = proxy.drain()
+        took = monotonic() - begin
+        if more or took > LONG_DRAIN:
+            # Whoever says that much is not heard again before the guest had as much time.
+            self.events.remove(proxy.doorbell)
+            self.events.call_at(begin + 2 * took, lambda: self._listen_again(proxy))
+
+    def _listen_again(self, proxy: ProxyDevice) -> None:
+        self.events.add(proxy.doorbell, lambda: self._rung(proxy))
+        self._rung(proxy)
 
     def _posted(self) -> None:
         """A device was given something to do without an answer: look later whether it is done.
