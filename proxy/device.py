@@ -110,7 +110,9 @@ class ProxyDevice:
             self.lane = MachineLane(link, child.lane if answer.lane else -1, placement)
             self._accesses = Accesses(link, answer.shape, self.lane, synced=synced)
             _tie(link, self.lane, self._accesses)
-            if memory is not None and self.shape.dma:
+            self.maps_memory = memory is not None and self.shape.dma
+            """Whether it got guest memory."""
+            if memory is not None and self.maps_memory:
                 link.ask(m.MapGuestMemory(memory.regions), (memory.fd,))
             if map_config and self.shape.is_pci:
                 self._map_config()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,11 +28,13 @@ class Children:
         warden: their parent; it is there even if there is none.
         starts: by device name.
         jail_line: what a user must be told about their jails; "" if all is well.
+        files: by device name: what each descriptor that it was given is, by option.
     """
 
     warden: Warden
     starts: Mapping[str, Start]
     jail_line: str
+    files: Mapping[str, Mapping[str, str]]
 
 
 def order_children(
@@ -62,9 +66,10 @@ def order_children(
                 f"jail: none for {unjailed} (isolation=none): no process of their own, "
                 "all the rights of this user"
             )
-        starts = {}
+        starts, files = {}, {}
         for device in isolated:
             fds = files_for(device, factories.get(device.name))
+            files[device.name] = {option: _what(fd) for option, fd in fds.items()}
             try:
                 starts[device.name] = warden.order(
                     device.name,
@@ -80,7 +85,7 @@ def order_children(
     except BaseException:
         warden.close()
         raise
-    return Children(warden, starts, "\n".join(line for line in lines if line))
+    return Children(warden, starts, "\n".join(line for line in lines if line), files)
 
 
 def model_of(device: DeviceConfig, factory: DeviceFactory | None) -> type[Device] | None:
@@ -100,6 +105,12 @@ def may_map_memory(device: DeviceConfig, factory: DeviceFactory | None) -> bool:
     """Whether the device's process may have guest memory, whatever it says itself."""
     kind = model_of(device, factory)
     return kind is None or kind.dma
+
+
+def _what(fd: int) -> str:
+    """A descriptor in words: what it is of, and for what it is open."""
+    rights = ("read", "write", "read and write")[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
+    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
 
 
 def _without_process(config: MachineConfig) -> str:

@@ -97,6 +97,7 @@ class Parts:
     ) -> None:
         children = order_children(self.config, self.host, factories)
         self.warden, self.jail_line = children.warden, children.jail_line
+        self.files = children.files
         self._stack.callback(self.warden.close)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)

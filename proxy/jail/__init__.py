@@ -20,6 +20,7 @@ from proxy.jail.layers import (
 from proxy.jail.plan import JailError, JailMode, JailPlan, JailUnavailable
 from proxy.jail.policy import OnViolation, Policy, Rule, policy_for
 from proxy.jail.probe import plan_jail, try_jail
+from proxy.jail.rights import Rights, rights_of
 
 __all__ = [
     "JailError",
@@ -32,6 +33,7 @@ __all__ = [
     "LayerState",
     "OnViolation",
     "Policy",
+    "Rights",
     "Rule",
     "enter_jail",
     "fork_into_jail",
@@ -42,5 +44,6 @@ __all__ = [
     "receive_violation",
     "report_data",
     "report_table",
+    "rights_of",
     "try_jail",
 ]
