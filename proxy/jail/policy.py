@@ -147,6 +147,10 @@ COMMON: Final[tuple[Rule, ...]] = (
 DISK: Final = Policy(
     extra=(
         *_each("several pieces of guest memory at one place of its file", "preadv pwritev"),
+        *(
+            Rule(name, "what the interpreter calls for the same, without flags", (Arg(5, 0),))
+            for name in ("preadv2", "pwritev2")
+        ),
         *_each("a flush that the guest asked for", "fdatasync"),
         Rule("fallocate", "discard: a hole, its file stays as long", (Arg(1, _PUNCH_HOLE),)),
         Rule("fallocate", "write zeroes, its file stays as long", (Arg(1, _ZERO_RANGE),)),
