@@ -30,8 +30,12 @@ class DeviceFailure(DeviceError):
         device: the device's configured name.
         reason: what happened, one line.
         doing: what the machine had asked of it, or "" when it was idle.
+        given_up: whether it is not to blame: the machine was to end and did not wait for it.
     """
 
-    def __init__(self, device: str, reason: str, doing: str = "") -> None:
+    def __init__(
+        self, device: str, reason: str, doing: str = "", *, given_up: bool = False
+    ) -> None:
         super().__init__(device, reason + (f" (during {doing})" if doing else ""))
         self.doing = doing
+        self.given_up = given_up

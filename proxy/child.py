@@ -6,12 +6,13 @@ trusted: a message out of turn ends the process, it is not argued with.
 System calls of the loop after the jail is up: recvfrom, recvmsg (a mapping's
 descriptor), sendto, sendmsg, poll, write (doorbell), mmap (a given descriptor, shared,
 read-write; and the allocator), fstat and fcntl(F_DUPFD_CLOEXEC) (inside mmap), munmap, close,
-futex, exit_group.
+futex, sched_yield, exit_group.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import select
 import socket
 import struct
@@ -32,6 +33,8 @@ FLUSH_MS = 2
 character by character wakes the machine once for many."""
 PATIENCE = 64
 """Commands after which gathered output is sent in any case."""
+POLL_YIELDS = 48
+"""The same on a CPU that is shared with the machine, which may run guest code between two looks."""
 TUBE_SPINS = 8
 """Empty looks at the ring for each look at the door."""
 NET_MS = 1
@@ -84,6 +87,7 @@ class ChildLoop:
         self._door = 0
         self._lane_state = 0
         """Generation of the open lane, shifted left by one; 0 while it is closed."""
+        self._lane_shares = False
         self._fence = lane.make_fence()
         if page is not None:
             self._words = host.page = memoryview(page).cast("Q")
@@ -171,6 +175,8 @@ class ChildLoop:
         flushed = glanced = tail
         head_word, tail_word, value_word, door_word = lane.HEAD, lane.TAIL, lane.VALUE, lane.DOOR
         ring, last_slot = lane.RING, lane.RING_SLOTS - 1
+        shares, give_way = self._lane_shares, os.sched_yield
+        patience = POLL_YIELDS if shares else POLL_SPINS
         host.quiet = False
         while True:
             if words[head_word] != tail:
@@ -190,19 +196,21 @@ class ChildLoop:
                 spins = 0
                 continue
             spins += 1
+            if shares:
+                give_way()
             if spins % TUBE_SPINS:
                 continue
             self._tail = tail
             if words[door_word] != self._door:
                 self._door = words[door_word]
                 self._take(socket.MSG_DONTWAIT)
-            elif host.pending and (spins >= POLL_SPINS or tail - flushed > PATIENCE):
+            elif host.pending and (spins >= patience or tail - flushed > PATIENCE):
                 host.flush()
                 flushed = tail
             elif does_more and tail - glanced > PATIENCE:
                 self._look_around(0)
                 glanced = tail
-            elif spins >= POLL_SPINS:
+            elif spins >= patience:
                 self._doze(words)
                 spins = 0
             if not self._lane_state:
@@ -306,7 +314,7 @@ class ChildLoop:
             self._host.quiet = kind.reply is not None
             answer: m.Message | None = None
             if isinstance(command, m.LaneOpen):
-                self._open_lane(command.generation)
+                self._open_lane(command)
             elif isinstance(command, m.LaneClose):
                 self._close_lane()
             else:
@@ -331,10 +339,11 @@ class ChildLoop:
         except TubeClosed:
             self._host.unsent += 1
 
-    def _open_lane(self, generation: int) -> None:
+    def _open_lane(self, command: m.LaneOpen) -> None:
         if self._words is None:
             raise ProtocolFault("a lane that this child does not have")
-        self._lane_state = generation << 1
+        self._lane_shares = bool(command.shares)
+        self._lane_state = command.generation << 1
         self._words[lane.STATE] = self._lane_state
 
     def _close_lane(self) -> None:

@@ -264,6 +264,10 @@ class ProxyDevice:
         """Have `posted` called, in the middle of the access, when `look_after` has work again."""
         self._link.on_posted = posted
 
+    def give_up_when(self, wanted: Callable[[], bool]) -> None:
+        """While a wait for the child goes on, `wanted` is asked whether to give up the device."""
+        self._link.given_up = wanted
+
     def look_after(self) -> None:
         """See that what was posted gets done: one that hangs in a write fails, as in a read.
 

@@ -33,11 +33,17 @@ DEATH_GRACE = 0.25
 """Seconds that a failure waits to learn how the process ended."""
 LAST_MESSAGES = 4096
 """Messages that are still taken from the tube of a child that is gone."""
+LOOK = 0.1
+"""Seconds of a wait after which it is looked whether it is still wanted."""
 _UPCALL_LIMIT = 1 + m.MAX_BYTES
 
 
 class _Hung(Exception):
     """The deadline has passed."""
+
+
+class _GivenUp(Exception):
+    """The machine wants no answer any more."""
 
 
 class Link:
@@ -61,6 +67,8 @@ class Link:
         self.dropped_writes = 0
         self.on_failed: Callable[[DeviceFailure], None] | None = None
         """Told of the failure; not set before the child is a device."""
+        self.given_up: Callable[[], bool] = lambda: False
+        """Asked every `LOOK` seconds of a wait: whether the machine is to end and will not wait."""
         self.on_sent: Callable[[], None] = lambda: None
         """Told after each command, except the accesses and those of the lane."""
         self.on_posted: Callable[[], None] = lambda: None
@@ -74,7 +82,7 @@ class Link:
         self._poll = select.poll()
         self._poll.register(self.tube, select.POLLIN)
         self.tube.setblocking(True)
-        set_receive_deadline(self.tube, deadline)
+        set_receive_deadline(self.tube, min(deadline, LOOK))
 
     # Asking.
 
@@ -222,15 +230,13 @@ class Link:
 
     def _make_room(self, end: float) -> None:
         """Wait until the tube takes more. The child may be stuck with upcalls meanwhile."""
+        self._look(end)
         self._poll.modify(self.tube, select.POLLIN | select.POLLOUT)
         try:
-            left = end - monotonic()
-            ready = self._poll.poll(left * 1000) if left > 0 else []
+            ready = self._poll.poll(min(self.deadline, LOOK) * 1000)
         finally:
             self._poll.modify(self.tube, select.POLLIN)
-        if not ready:
-            raise _Hung
-        if ready[0][1] & ~select.POLLOUT:
+        if ready and ready[0][1] & ~select.POLLOUT:
             try:
                 if self._take(socket.MSG_DONTWAIT) is not None:
                     raise ProtocolFault("an answer before the whole command was sent")
@@ -239,16 +245,21 @@ class Link:
 
     def _answer(self, end: float) -> m.Message:
         """Wait for the answer; upcalls on the way are handled in order."""
-        try:
-            answer = self._take(0)
-            while answer is None:
-                left = end - monotonic()
-                if left <= 0 or not self._poll.poll(left * 1000):
-                    raise _Hung
-                answer = self._take(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            raise _Hung from None
-        return answer
+        while True:
+            try:
+                answer = self._take(0)
+            except BlockingIOError:
+                answer = None
+            if answer is not None:
+                return answer
+            self._look(end)
+
+    def _look(self, end: float) -> None:
+        """Whether a wait is still wanted."""
+        if self.given_up():
+            raise _GivenUp
+        if monotonic() >= end:
+            raise _Hung
 
     def _take(self, flags: int) -> m.Message | None:
         return self._judge(receive_datagram(self.tube, 0, flags)[0])
@@ -303,6 +314,8 @@ class Link:
         """Turn an error of an exchange into the device's failure; the exception to raise."""
         if isinstance(error, _Hung):
             self.fail(f"did not answer within {self.deadline:g} s", doing)
+        elif isinstance(error, _GivenUp):
+            self.give_up(doing)
         elif isinstance(error, ProtocolFault):
             self.fail(f"broke the protocol: {error}", doing)
         elif isinstance(error, (TubeClosed, OSError)):
@@ -313,7 +326,11 @@ class Link:
             return error
         return self.failed or error
 
-    def fail(self, reason: str, doing: str) -> None:
+    def give_up(self, doing: str) -> None:
+        """Enter the failed state because the machine is to end; the device may just be slow."""
+        self.fail("did not answer, and the run is to end", doing, given_up=True)
+
+    def fail(self, reason: str, doing: str, *, given_up: bool = False) -> None:
         """Enter the failed state; `reason` is "" for a child whose tube is closed."""
         if self._failing:
             return
@@ -330,7 +347,7 @@ class Link:
             reason = obituary.text()
         if self._last_words:
             reason += f"; last words: {self._last_words}"
-        self.failed = DeviceFailure(self.name, reason, doing)
+        self.failed = DeviceFailure(self.name, reason, doing, given_up=given_up)
         self.on_stopped()
         self.tube.close()
         if self.on_failed is not None:

@@ -16,14 +16,16 @@ from proxy import lane
 from proxy import messages as m
 from proxy.errors import Misuse
 from proxy.link import Link
-from proxy.placement import Placement
+from proxy.placement import Placement, Seat
 
 BURST = 16
 """Accesses on the tube between two looks at the clock and the CPU; a power of two."""
 QUICK_NS = 50_000 * BURST
 """`BURST` accesses within this time are worth a lane."""
 STRIKES = 4
-"""Slow waits after which a lane is closed: its child has no CPU to itself."""
+"""Slow waits after which a lane is closed: its child does not get the CPU."""
+SLOW_NS = 250_000
+"""An exchange on a shared CPU that took so long waited for somebody else's process."""
 YIELDS = 32
 """Looks of a slow wait that only yield the CPU; after these it sleeps between looks."""
 BACKOFF_NS = 20_000_000
@@ -43,6 +45,7 @@ class MachineLane:
         page, words: the shared page, as bytes and as words of 8 bytes; None where there can be
             no lane.
         dozing: the value of `STATE` that says that the child sleeps.
+        shares: whether the child of the open lane sits on the CPU of this thread.
         openings: how often it was opened.
         on_change: told when it opens or closes; set by the accesses.
     """
@@ -52,19 +55,20 @@ class MachineLane:
         self._placement = placement
         self.page: mmap.mmap | None = None
         self.words: memoryview | None = None
-        if fd >= 0 and placement is not None and placement.places and lane.supported():
+        if fd >= 0 and placement is not None and placement.lanes and lane.supported():
             lane.check_sealed(fd, lane.LANE_BYTES)
             self.page = lane.map_page(fd)
             self.words = memoryview(self.page).cast("Q")
         self.is_open = False
         self.dozing = 1
+        self.shares = False
         self.openings = 0
         self.on_change: Callable[[], None] = lambda: None
         self._generation = 0
         self._door = 0
         self._strikes = 0
         self._backoff_ns = BACKOFF_NS
-        self._not_before = 0
+        self._not_before = dict.fromkeys(Seat, 0)
         self._cpu = -1
         self._last_tick = 0
 
@@ -79,10 +83,20 @@ class MachineLane:
             return False
         if words[lane.CLOSED] != self._generation:
             return False  # the child has not met the last `LaneClose` yet
-        if not placement.grant(self, link.child.pid):
+        now = perf_counter_ns()
+        seat = next(
+            (
+                seat
+                for seat in Seat
+                if now >= self._not_before[seat] and placement.grant(self, link.child.pid, seat)
+            ),
+            None,
+        )
+        if seat is None:
             return False
         self._strikes = 0
-        if not self._post(m.LaneOpen(self._generation + 1)):
+        self.shares = seat is Seat.SHARED
+        if not self._post(m.LaneOpen(int(self.shares), self._generation + 1)):
             placement.release(self)
             return False
         self._generation += 1
@@ -132,8 +146,15 @@ class MachineLane:
         quick = now - self._last_tick < QUICK_NS
         self._last_tick = now
         self._cpu = placement.follow(self._link.child.pid, self._cpu)
-        if quick and now >= self._not_before:
+        if quick:
             self.open()
+
+    def give_way(self) -> None:
+        """Let the child on this CPU run, and see whether it is the child that runs."""
+        began = perf_counter_ns()
+        os.sched_yield()
+        if perf_counter_ns() - began > SLOW_NS:
+            self._strike()
 
     def wait_tail(self, least: int, head: int, doing: str) -> int | None:
         """Wait until `TAIL` is at least `least`; its value, or None on failure.
@@ -158,6 +179,9 @@ class MachineLane:
                 link.fail(f"did not answer within {link.deadline:g} s", doing)
                 return None
             if rounds % YIELDS == 0:
+                if link.given_up():
+                    link.give_up(doing)
+                    return None
                 self._strike()
             rounds += 1
             if rounds < YIELDS:
@@ -169,9 +193,9 @@ class MachineLane:
     def _strike(self) -> None:
         self._strikes += 1
         if self._strikes >= STRIKES and self.is_open:
-            backoff = self._backoff_ns
+            backoff, seat = self._backoff_ns, Seat.SHARED if self.shares else Seat.OWN
             self.close()
-            self._not_before = perf_counter_ns() + backoff
+            self._not_before[seat] = perf_counter_ns() + backoff
             self._backoff_ns = min(2 * backoff, BACKOFF_MOST_NS)
 
     def _post(self, command: m.Message) -> bool:

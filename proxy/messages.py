@@ -331,10 +331,11 @@ class MapGuestMemory(Message, frozen=True):
 
 
 class LaneOpen(Message, frozen=True):
-    """From here on accesses come through the shared page; posted. Generations count up from 1."""
+    """Accesses come through the shared page from here on; posted; `shares`: 1 for one CPU, or 0."""
 
     opcode = 0x11
-    layout = DWORD
+    layout = struct.Struct("<BB2xI")
+    shares: int
     generation: int
 
 

@@ -2,8 +2,9 @@
 
 - On the tube a child sits on the CPU of the thread that drives it: a wake-up across CPUs costs
   ten times as much, most of all in a virtual machine.
-- While a child polls its lane it needs a CPU of its own, and there must be one to spare: at most
-  one child polls for each CPU beyond the first.
+- A child that polls its lane gets a CPU of its own if there is one to spare: at most one child
+  polls for each CPU beyond the first. One more may poll on the thread's own CPU: there both give
+  way to each other (`sched_yield`) between looks, which costs half of a wake-up through a socket.
 
 The children follow the thread; the thread itself is never pinned. A host that forbids moving
 children (`sched_setaffinity` fails) is left as it is.
@@ -12,6 +13,7 @@ children (`sched_setaffinity` fails) is left as it is.
 from __future__ import annotations
 
 import ctypes
+import enum
 import os
 from collections.abc import Callable
 from typing import Protocol
@@ -26,6 +28,13 @@ class Poller(Protocol):
     def close(self) -> None: ...
 
 
+class Seat(enum.Enum):
+    """Where a polling child sits: on a CPU of its own, or on that of the thread it serves."""
+
+    OWN = 0
+    SHARED = 1
+
+
 class Placement:
     """The CPUs that one machine has; shared by all its proxies.
 
@@ -35,8 +44,9 @@ class Placement:
 
     def __init__(self, *, lanes: bool = True) -> None:
         self._cpus = os.sched_getaffinity(0)
-        self._pollers: list[Poller] = []
-        self.places = len(self._cpus) - 1 if lanes else 0
+        self._pollers: dict[Poller, Seat] = {}
+        self.lanes = lanes
+        self.places = {Seat.OWN: len(self._cpus) - 1, Seat.SHARED: 1}
         """How many children may poll at a time."""
         try:
             # PyDLL: the call is so short that letting go of the interpreter lock costs more.
@@ -46,13 +56,14 @@ class Placement:
 
     def describe(self) -> str:
         """One line on what was chosen, for statistics."""
-        if not self.places:
-            why = "one CPU" if len(self._cpus) == 1 else "no lanes wanted"
-            return f"{why}: every access goes through the tube, children follow the vCPU's thread"
+        follow = f"children follow the vCPU's thread (now on CPU {self._getcpu()})"
+        if not self.lanes:
+            return f"{follow}; no lanes wanted: every access goes through the tube"
+        used = list(self._pollers.values())
         return (
-            f"children follow the vCPU's thread (now on CPU {self._getcpu()}); "
-            f"of {len(self._cpus)} CPUs {self.places} may poll a shared-memory lane, "
-            f"{len(self._pollers)} of them in use"
+            f"{follow}; lanes polled: {used.count(Seat.OWN)} of at most {self.places[Seat.OWN]} "
+            f"on a CPU of their own, {used.count(Seat.SHARED)} of at most "
+            f"{self.places[Seat.SHARED]} on the thread's"
         )
 
     def follow(self, pid: int, last: int) -> int:
@@ -67,25 +78,25 @@ class Placement:
             _move(pid, {cpu})
         return cpu
 
-    def grant(self, poller: Poller, pid: int) -> bool:
-        """Give `poller` a CPU of its own if there is one, perhaps from one that is idle."""
-        if len(self._pollers) >= self.places:
-            idle = next((each for each in self._pollers if each.idle()), None)
+    def grant(self, poller: Poller, pid: int, seat: Seat) -> bool:
+        """Give `poller` a seat of this kind if there is one, perhaps from one that is idle."""
+        holders = [each for each, held in self._pollers.items() if held is seat]
+        if len(holders) >= self.places[seat]:
+            idle = next((each for each in holders if each.idle()), None)
             if idle is None:
                 return False
             idle.close()
             if idle in self._pollers:
                 return False
         cpu = self._getcpu()
-        if not _move(pid, self._cpus - {cpu}):
+        if not _move(pid, {cpu} if seat is Seat.SHARED else self._cpus - {cpu}):
             return False
-        self._pollers.append(poller)
+        self._pollers[poller] = seat
         return True
 
     def release(self, poller: Poller) -> None:
         """The poller's child polls no more."""
-        if poller in self._pollers:
-            self._pollers.remove(poller)
+        self._pollers.pop(poller, None)
 
 
 def _move(pid: int, cpus: set[int]) -> bool:

@@ -25,7 +25,13 @@ from devices.errors import UserError
 from proxy import lane, launch
 from proxy.errors import ProtocolFault, TubeClosed
 from proxy.events import Obituary
-from proxy.jail import JailPlan, fork_into_jail, prepare_warden, receive_violation
+from proxy.jail import (
+    JailPlan,
+    fork_into_jail,
+    leave_terminal,
+    prepare_warden,
+    receive_violation,
+)
 from proxy.launch import DeviceFactory, Ready, StartReport, start_child
 from proxy.tube import Tube, close_all, pair, receive_datagram
 
@@ -119,7 +125,7 @@ def run_warden(
 
 def _leave_terminal() -> None:
     """Neither the terminal's signals nor its input are for devices."""
-    os.setsid()
+    leave_terminal()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -165,9 +171,11 @@ class _Warden:
         """Serve until the control socket or the machine (a pidfd) is at its end."""
         self._watch(machine, self._end)
         while not self._ending:
-            for fd, _ in self._poll.poll(self._timeout()):
-                call = self._watched.get(fd)
-                if call is not None:
+            events = [(fd, self._watched[fd]) for fd, _ in self._poll.poll(self._timeout())]
+            for fd, call in events:
+                # Not what took over the number of a descriptor that an earlier event has closed:
+                # some of these calls wait if there is nothing.
+                if self._watched.get(fd) is call:
                     call()
             now = monotonic()
             for child in list(self._children.values()):
@@ -221,15 +229,8 @@ class _Warden:
         if factory is None:
             self._import(order.model)
         given = dict(zip(order.fd_names, fds, strict=True))
-        build = launch.Order(
-            order.name,
-            order.model,
-            order.options,
-            factory,
-            given,
-            order.guest_memory,
-            order.finish_work,
-        )
+        name, memory, finishes = order.name, order.guest_memory, order.finish_work
+        build = launch.Order(name, order.model, order.options, factory, given, memory, finishes)
         here, there = pair()
         setup_here, setup_there = pair()
         opened: list[int] = []
@@ -324,6 +325,10 @@ class _Warden:
         give, child.give = child.give, []
         self._answer(answer, give if isinstance(answer, Launched) else ())
         close_all(give)
+        # The others had to share the CPUs with it.
+        start_by = monotonic() + self._deadline
+        for other in self._children.values():
+            other.start_by = start_by
 
     def _judge(self, child: _Child) -> None:
         """The seccomp listener is readable: a forbidden system call, or the end of the child."""

@@ -33,6 +33,14 @@ class Hangs(Base):
         while True:
             pass
 
+class HangsLater(Base):
+    reads = 0
+    def read(self, offset, size):
+        self.reads += 1
+        while self.reads > 5000:
+            pass
+        return 0
+
 class Dies(Base):
     def read(self, offset, size):
         os._exit(3)

@@ -16,7 +16,7 @@ from devices.errors import DeviceError, DeviceFailure
 from proxy import lane
 from proxy import messages as m
 from proxy.child_interface import ChildInterface
-from proxy.placement import Placement
+from proxy.placement import Placement, Seat
 from proxy.tube import pair
 
 SHAPE = m.Shape(regions=(Region("registers", BusType.MMIO, 0x1000, 0x1000_0000),), takes_input=True)
@@ -180,9 +180,12 @@ def open_descriptors() -> set[str]:
     return found
 
 
-class Everywhere(Placement):
-    """A placement that grants the lane also where there is only one CPU to test on."""
+class Only(Placement):
+    """A placement that has one seat of one kind; `SEATS` are those that this host has."""
 
-    def __init__(self) -> None:
+    def __init__(self, seat: Seat) -> None:
         super().__init__()
-        self.places = max(1, self.places)
+        self.places = {kind: int(kind is seat) for kind in Seat}
+
+
+SEATS = tuple(Seat) if len(os.sched_getaffinity(0)) > 1 else (Seat.SHARED,)

@@ -29,7 +29,9 @@ from cpu_bench import (
 )
 
 from vmm.cpu.engine import StopReason
-from vmm.cpu.state import CpuState, Segment
+from vmm.cpu.state import Segment
+
+pytestmark = pytest.mark.usefixtures("both_paths")
 
 UNMAPPED = 0x700_0000
 
@@ -820,21 +822,3 @@ def test_user_page_fault_error_codes() -> None:
             after = bench.cpu.get_state()
             assert after.cr2 == state.gpr[3]
             assert bench.words(after.gpr[4], 1) == [error]
-
-
-def test_both_ways_of_long_mode_delivery_agree() -> None:
-    """`quick` and `delivery` leave the same state and memory."""
-    for user in (False, True):
-        for code, vector, _error, _offset in FAULTS64.values():
-            results = []
-            for quick in (True, False):
-                with Bench() as bench:
-                    state: CpuState = bench.long(user)
-                    for gate in OPEN:
-                        bench.gate64(gate, dpl=3)
-                    if not quick:
-                        bench.cpu._delivery._quick.deliver = lambda *_: False  # type: ignore[method-assign]
-                    bench.run(state, b"\x90" + code)
-                    assert bench.vector() == vector
-                    results.append((bench.cpu.get_state(), bench.memory.read(0, 1 << 20)))
-            assert results[0] == results[1]

@@ -21,6 +21,8 @@ from cpu_bench import (
 from vmm.cpu.engine import StopReason
 from vmm.cpu.state import CODE32, DescriptorTable, Segment, flat_segment
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 END = 16 << 20
 
 

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 import pytest
 from dma_device import BODY, DONE, RESULT, VALUE, DmaProbe
-from proxy_helpers import Everywhere, Recorder
+from proxy_helpers import SEATS, Only, Recorder
 
 from devices.bus import BusType
 from devices.contract import Device, DeviceHost, Region
 from proxy import lane
 from proxy.device import GuestRam, ProxyDevice
 from proxy.jail import JailMode
+from proxy.placement import Seat
 from proxy.shape import MemoryRegion
 from proxy.warden import Warden
 from vmm.memory import GuestMemory
@@ -27,13 +28,8 @@ RAM = 4 << 20
 
 SHARED = pytest.mark.parametrize(
     "shared",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.skipif(not lane.supported(), reason="no lane on this host")
-        ),
-    ],
-    ids=["tube", "lane"],
+    [None, *(SEATS if lane.supported() else ())],
+    ids=lambda seat: "tube" if seat is None else f"lane-{seat.name.lower()}-cpu",
 )
 
 
@@ -118,14 +114,16 @@ class Fed:
 
 
 @contextmanager
-def fed(warden: Warden, shared: bool) -> Iterator[Fed]:
+def fed(warden: Warden, shared: Seat | None) -> Iterator[Fed]:
     reader, writer = os.pipe()
     events = Recorder()
     child = warden.spawn("feeder", "feeder", {}, factory=0, fds={"pipe": reader})
     os.close(reader)
     try:
-        with ProxyDevice(child, events, placement=Everywhere(), deadline=20) as device:
-            if shared:
+        with ProxyDevice(
+            child, events, placement=Only(shared or Seat.SHARED), deadline=20
+        ) as device:
+            if shared is not None:
                 assert device.lane.open()
             yield Fed(device, writer, events)
     finally:
@@ -134,18 +132,18 @@ def fed(warden: Warden, shared: bool) -> Iterator[Fed]:
 
 
 @SHARED
-def test_what_it_watches_wakes_it(warden: Warden, shared: bool) -> None:
+def test_what_it_watches_wakes_it(warden: Warden, shared: Seat | None) -> None:
     with fed(warden, shared) as feeder:
         for index in range(20):
             os.write(feeder.pipe, b"%d" % (index % 10))
             feeder.wait_turn()
         feeder.expect(b"01234567890123456789")
-        if shared:
+        if shared is not None:
             assert feeder.device.lane.is_open
 
 
 @SHARED
-def test_it_is_fed_while_commands_keep_coming(warden: Warden, shared: bool) -> None:
+def test_it_is_fed_while_commands_keep_coming(warden: Warden, shared: Seat | None) -> None:
     with fed(warden, shared) as feeder:
         (handler,) = feeder.device.handlers()
         os.write(feeder.pipe, b"ab")
@@ -155,7 +153,7 @@ def test_it_is_fed_while_commands_keep_coming(warden: Warden, shared: bool) -> N
 
 
 @SHARED
-def test_a_full_buffer_stops_the_watching(warden: Warden, shared: bool) -> None:
+def test_a_full_buffer_stops_the_watching(warden: Warden, shared: Seat | None) -> None:
     with fed(warden, shared) as feeder:
         (handler,) = feeder.device.handlers()
         handler.write(8, 4, 1)
@@ -173,7 +171,7 @@ def test_a_full_buffer_stops_the_watching(warden: Warden, shared: bool) -> None:
 
 
 @SHARED
-def test_asleep_it_is_not_fed_and_loses_nothing(warden: Warden, shared: bool) -> None:
+def test_asleep_it_is_not_fed_and_loses_nothing(warden: Warden, shared: Seat | None) -> None:
     with fed(warden, shared) as feeder:
         feeder.device.sleep()
         os.write(feeder.pipe, b"late")
@@ -186,7 +184,7 @@ def test_asleep_it_is_not_fed_and_loses_nothing(warden: Warden, shared: bool) ->
 
 
 @SHARED
-def test_work_is_done_when_no_command_waits(warden: Warden, shared: bool) -> None:
+def test_work_is_done_when_no_command_waits(warden: Warden, shared: Seat | None) -> None:
     with fed(warden, shared) as feeder:
         (handler,) = feeder.device.handlers()
         for _ in range(5):
@@ -196,7 +194,7 @@ def test_work_is_done_when_no_command_waits(warden: Warden, shared: bool) -> Non
 
 
 def test_a_feeder_that_is_destroyed_is_quiet(warden: Warden) -> None:
-    with fed(warden, False) as feeder:
+    with fed(warden, None) as feeder:
         os.write(feeder.pipe, b"x")
         feeder.device.destroy()
         feeder.device.sync()
@@ -207,13 +205,19 @@ def test_a_feeder_that_is_destroyed_is_quiet(warden: Warden) -> None:
 
 @contextmanager
 def probe(
-    warden: Warden, regions: tuple[MemoryRegion, ...] | None, shared: bool = False
+    warden: Warden, regions: tuple[MemoryRegion, ...] | None, shared: Seat | None = None
 ) -> Iterator[tuple[ProxyDevice, GuestMemory, Recorder]]:
     memory, events = GuestMemory(RAM, rom=1 << 20), Recorder()
     ram = memory.for_devices() if regions is None else GuestRam(memory.fd, regions)
     child = warden.spawn("probe", "dma-probe", {}, factory=1, guest_memory=RAM)
-    with ProxyDevice(child, events, placement=Everywhere(), deadline=20, memory=ram) as device:
-        if shared:
+    with ProxyDevice(
+        child,
+        events,
+        placement=Only(shared or Seat.SHARED),
+        deadline=20,
+        memory=ram,
+    ) as device:
+        if shared is not None:
             assert device.lane.open()
         yield device, memory, events
     assert events.failures == []
@@ -221,7 +225,9 @@ def probe(
 
 
 @SHARED
-def test_a_synced_write_is_done_and_told_when_it_returns(warden: Warden, shared: bool) -> None:
+def test_a_synced_write_is_done_and_told_when_it_returns(
+    warden: Warden, shared: Seat | None
+) -> None:
     with probe(warden, None, shared) as (device, memory, events):
         synced, _ = device.handlers()
         for value in range(300):
@@ -232,7 +238,7 @@ def test_a_synced_write_is_done_and_told_when_it_returns(warden: Warden, shared:
             assert events.seen == told
             events.seen.clear()
         stats = device.stats()
-        assert bool(stats.lane_accesses) >= shared
+        assert bool(stats.lane_accesses) >= (shared is not None)
         assert stats.dropped_writes == 0
 
 

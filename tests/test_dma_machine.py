@@ -11,7 +11,6 @@ from dma_device import BAD, GOOD, DmaProbe, guest
 
 from devices.contract import Device
 from proxy import lane
-from proxy.placement import Placement
 from vmm.config import ClockKind, HostOptions
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
@@ -37,10 +36,9 @@ def machine_with(
         yield machine
 
 
-def open_lane(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have all that follows go through the lane, as far as there are CPUs."""
+def open_lane(machine: Machine) -> None:
+    """Have all that follows go through the lane."""
     (proxy,) = machine.parts.proxies
-    monkeypatch.setattr(Placement, "places", 1, raising=False)
     assert proxy.lane.open()
 
 
@@ -51,12 +49,10 @@ def execute(machine: Machine, synced: bool, rounds: int = 60) -> Outcome:
 
 @BOTH
 @EVERYWHERE
-def test_a_guest_executes_what_was_written(
-    way: str, synced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guest_executes_what_was_written(way: str, synced: bool) -> None:
     with machine_with(DmaProbe, way) as machine:
         if way == LANE:
-            open_lane(machine, monkeypatch)
+            open_lane(machine)
         outcome = execute(machine, synced)
         assert (outcome.ending, outcome.guest_value) == (Ending.GUEST_EXIT, GOOD), outcome
         if way == LANE:

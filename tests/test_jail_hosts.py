@@ -115,7 +115,7 @@ def test_a_mount_that_is_refused_costs_the_empty_root_only() -> None:
 def test_a_plan_that_the_host_breaks_later_starts_no_device(user: str) -> None:
     def run() -> str:
         plan = plan_jail(JailMode.AUTO)
-        forbid(Rule("unshare", "", refuse=errno.EPERM), Rule("setsid", "", refuse=errno.EPERM))
+        forbid(Rule("unshare", "", refuse=errno.EPERM), Rule("setpgid", "", refuse=errno.EPERM))
         try:
             try_jail(plan, Policy())
         except JailError as error:
@@ -142,7 +142,7 @@ def test_a_missing_library_is_one_line_with_the_package(monkeypatch: pytest.Monk
 
 _SABOTAGE: dict[str, tuple[Any, str]] = {
     "fds": (linux, "close_range"),
-    "session": (os, "getsid"),
+    "session": (linux, "leave_terminal"),
     "landlock": (linux, "landlock_deny_all"),
     "caps": (linux, "capset"),
     "pdeath": (linux, "prctl"),
@@ -171,8 +171,6 @@ def test_a_step_that_does_nothing_is_noticed(layer: str, monkeypatch: pytest.Mon
     alone = only(plan, layer, *needs.get(layer, ()))
     module, name = _SABOTAGE[layer]
     nothing = (lambda *_: os.fork()) if layer == "pidns" else (lambda *_: None)
-    if layer == "session":
-        nothing = lambda _: os.getpid()  # noqa: E731 - "it leads a session already"
     if layer == "seccomp":
         nothing = lambda *_: -1  # noqa: E731 - "in force, no listener"
     real = getattr(module, name)

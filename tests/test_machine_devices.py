@@ -333,3 +333,23 @@ def test_a_virtual_clock_does_not_depend_on_the_deadline() -> None:
             machine.run(timeout=60)
             outputs.append((machine.output, machine.parts.cpu.executed))
     assert outputs[0] == outputs[1]
+
+
+def test_a_device_that_hangs_is_given_up_at_the_time_out_and_ends_the_next_run() -> None:
+    class Hangs(Device):
+        model: ClassVar[str] = "hangs"
+
+        def regions(self) -> tuple[Region, ...]:
+            return (Region("r", BusType.PIO, 4, start=0xE00),)
+
+        def read(self, offset: int, size: int) -> int:
+            time.sleep(3600)
+            return 0
+
+    with Machine(memory="16M", host=HostOptions(deadline=3600)) as machine:
+        machine.add_device(Hangs, "hangs")
+        machine.boot(IN_AND_EXIT)
+        outcome = machine.run(timeout=0.5)
+        assert outcome.ending is Ending.TIMEOUT
+        outcome = machine.run(timeout=10)
+        assert (outcome.ending, outcome.device) == (Ending.DEVICE_FAILED, "hangs")

@@ -41,7 +41,7 @@ SAMPLES: list[m.Message] = [
     m.Wake(),
     m.Input(b"\0\xff"),
     m.Sync(),
-    m.LaneOpen(1),
+    m.LaneOpen(0, 1),
     m.LaneClose(),
     m.Ok(),
     m.Refused("no"),

@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from proxy_helpers import Everywhere, Probe, Recorder, activate, child_of
+from proxy_helpers import SEATS, Only, Probe, Recorder, activate, child_of
 
 from proxy import lane
 from proxy import messages as m
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
 from proxy.machine_lane import BURST
+from proxy.placement import Seat
 from proxy.warden import Warden
 
 pytestmark = pytest.mark.skipif(not lane.supported(), reason="no lane on this host")
@@ -34,10 +35,17 @@ def events() -> Recorder:
     return Recorder()
 
 
+@pytest.fixture(params=SEATS, ids=lambda seat: f"{seat.name.lower()}-cpu")
+def seat(request: pytest.FixtureRequest) -> Seat:
+    """Where the polling child sits."""
+    found: Seat = request.param
+    return found
+
+
 @pytest.fixture
-def device(warden: Warden, events: Recorder) -> Iterator[ProxyDevice]:
+def device(warden: Warden, events: Recorder, seat: Seat) -> Iterator[ProxyDevice]:
     child = warden.spawn("lane", "probe", {}, factory=0)
-    with ProxyDevice(child, events, placement=Everywhere(), deadline=20) as made:
+    with ProxyDevice(child, events, placement=Only(seat), deadline=20) as made:
         yield made
     assert not events.failures
 
@@ -190,9 +198,19 @@ def test_an_idle_lane_uses_no_cpu(device: ProxyDevice) -> None:
         assert file.read().rpartition(")")[2].split()[0] == "S"
 
 
-def test_one_place_two_devices(warden: Warden, events: Recorder) -> None:
-    placement = Everywhere()
-    placement.places = 1
+def test_a_device_is_scheduled_in_the_group_of_its_machine() -> None:
+    """`sched_yield` gives way to processes of one's own session only (autogroup, sched(7))."""
+    with Warden([Probe], jail=JailMode.AUTO) as jailed:
+        child = jailed.spawn("device", "probe", {}, factory=0)
+        try:
+            assert os.getsid(child.pid) == os.getsid(0)
+            assert os.getpgid(child.pid) == child.pid
+        finally:
+            child.close()
+
+
+def test_one_place_two_devices(warden: Warden, events: Recorder, seat: Seat) -> None:
+    placement = Only(seat)
     with (
         ProxyDevice(warden.spawn("a", "probe", {}, factory=0), events, placement=placement) as a,
         ProxyDevice(warden.spawn("b", "probe", {}, factory=0), events, placement=placement) as b,
@@ -208,11 +226,11 @@ def test_one_place_two_devices(warden: Warden, events: Recorder) -> None:
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("action", ["read", "write"])
 def test_death_and_hanging_are_seen_on_the_lane(
-    warden: Warden, sign: signal.Signals, action: str
+    warden: Warden, sign: signal.Signals, action: str, seat: Seat
 ) -> None:
     events = Recorder()
     child = warden.spawn("dead", "probe", {}, factory=0)
-    device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+    device = ProxyDevice(child, events, placement=Only(seat), deadline=0.2)
     (handler,) = device.handlers()
     open_lane(device)
     assert handler.read(0, 1) == 0
@@ -244,7 +262,7 @@ def test_death_and_hanging_are_seen_on_the_lane(
     ],
 )
 @pytest.mark.parametrize("action", ["read", "write"])
-def test_scribbling_on_the_page(word: int, value: int, action: str) -> None:
+def test_scribbling_on_the_page(word: int, value: int, action: str, seat: Seat) -> None:
     """The child answers nothing properly; the machine is never led astray, and ends the wait."""
 
     def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
@@ -259,7 +277,7 @@ def test_scribbling_on_the_page(word: int, value: int, action: str) -> None:
 
     events = Recorder()
     with child_of(script, shared=True) as child:
-        device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+        device = ProxyDevice(child, events, placement=Only(seat), deadline=0.2)
         open_lane(device)
         (handler,) = device.handlers()
         for _ in range(200):
@@ -276,7 +294,7 @@ def test_scribbling_on_the_page(word: int, value: int, action: str) -> None:
         device.shutdown()
 
 
-def test_random_scribbling() -> None:
+def test_random_scribbling(seat: Seat) -> None:
     def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
         assert words is not None
         activate(tube, has_lane=True)
@@ -294,7 +312,7 @@ def test_random_scribbling() -> None:
 
     events = Recorder()
     with child_of(script, shared=True) as child:
-        device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+        device = ProxyDevice(child, events, placement=Only(seat), deadline=0.2)
         (handler,) = device.handlers()
         for _ in range(500):
             device.lane.open()
@@ -341,10 +359,10 @@ def test_sync_waits_for_what_was_posted(
 
 @pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])
 def test_an_interrupt_of_a_synced_write_is_there_when_it_returns(
-    warden: Warden, events: Recorder, shared: bool
+    warden: Warden, events: Recorder, shared: bool, seat: Seat
 ) -> None:
     child = warden.spawn("synced", "probe", {}, factory=0)
-    with ProxyDevice(child, events, placement=Everywhere(), deadline=20, synced=True) as device:
+    with ProxyDevice(child, events, placement=Only(seat), deadline=20, synced=True) as device:
         (handler,) = device.handlers()
         for value in range(50):
             if shared:
@@ -359,10 +377,12 @@ def test_an_interrupt_of_a_synced_write_is_there_when_it_returns(
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])
-def test_a_child_that_hangs_in_a_write_is_found_by_a_look(warden: Warden, shared: bool) -> None:
+def test_a_child_that_hangs_in_a_write_is_found_by_a_look(
+    warden: Warden, shared: bool, seat: Seat
+) -> None:
     events = Recorder()
     child = warden.spawn("stuck", "probe", {}, factory=0)
-    device = ProxyDevice(child, events, placement=Everywhere(), deadline=0.2)
+    device = ProxyDevice(child, events, placement=Only(seat), deadline=0.2)
     (handler,) = device.handlers()
     if shared:
         open_lane(device)
@@ -407,7 +427,7 @@ def test_looks_at_devices_that_sleep_or_are_gone(device: ProxyDevice) -> None:
     assert device.failed is None
 
 
-def test_an_upcall_may_be_met_before_the_child_has_counted_it() -> None:
+def test_an_upcall_may_be_met_before_the_child_has_counted_it(seat: Seat) -> None:
     """The child was stopped between sending an upcall and counting it in the page."""
 
     def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
@@ -424,7 +444,7 @@ def test_an_upcall_may_be_met_before_the_child_has_counted_it() -> None:
 
     events = Recorder()
     with child_of(script, shared=True) as child:
-        device = ProxyDevice(child, events, placement=Everywhere(), deadline=2)
+        device = ProxyDevice(child, events, placement=Only(seat), deadline=2)
         open_lane(device)
         assert device.handlers()[0].read(0, 4) == 42
         assert device.failed is None

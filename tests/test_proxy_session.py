@@ -41,7 +41,7 @@ COMMANDS: list[m.Message] = [
     m.Wake(),
     m.Input(b"x"),
     m.Sync(),
-    m.LaneOpen(1),
+    m.LaneOpen(0, 1),
     m.LaneClose(),
 ]
 

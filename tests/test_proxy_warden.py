@@ -18,7 +18,9 @@ from devices.errors import DeviceError
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailPlan, LayerState, plan_jail
 from proxy.jail.layers import JailReport
+from proxy.tube import pair
 from proxy.warden import Warden
+from proxy.warden_process import _Warden
 
 
 class Hung(Probe):
@@ -331,11 +333,42 @@ def test_death_of_the_machine_ends_all(plan: JailPlan, mode: str, sign: signal.S
     there.close()
 
 
+def test_an_event_of_a_closed_descriptor_is_not_that_of_its_successor() -> None:
+    """A batch of events may hold one for a number that meanwhile belongs to something else."""
+    control, machine_end = pair()
+    events, others = pair()
+    watching = _Warden(control, events, (), JailPlan(JailMode.OFF), 1.0)
+    first, second = os.pipe(), os.pipe()
+    made: list[int] = []
+    wrong: list[str] = []
+
+    def replace_second() -> None:
+        watching._unwatch(first[0])
+        watching._unwatch(second[0])
+        os.close(second[0])
+        made.extend(os.pipe())
+        watching._watch(made[0], lambda: wrong.append("called"))
+
+    watching._watch(first[0], replace_second)
+    watching._watch(second[0], lambda: wrong.append("not there any more"))
+    for pipe in (first, second):
+        os.write(pipe[1], b"x")
+    machine_end.close()  # ends it after this batch
+    machine = os.pidfd_open(os.getpid())
+    watching.run(machine)
+    assert made[0] == second[0]
+    assert wrong == []
+    for fd in (machine, *first, second[1], *made):
+        os.close(fd)
+    for end in (control, events, others):
+        end.close()
+
+
 def test_the_terminal_does_not_interrupt_devices(warden: Warden) -> None:
     child = warden.spawn("interrupted", "probe", {}, factory=0)
     for pid in (warden.pid, child.pid):
         os.kill(pid, signal.SIGINT)
-    assert os.getsid(warden.pid) != os.getsid(0)
+    assert os.getpgid(warden.pid) != os.getpgid(0)
     with ProxyDevice(child, Recorder()) as device:
         device.handlers()[0].write(0, 1, 7)
         assert device.handlers()[0].read(0, 1) == 7

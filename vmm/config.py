@@ -136,7 +136,7 @@ class HostOptions:
         jail: which layers the device processes must have.
         deadline: seconds that the machine waits for an answer of a device process.
         on_failure: what a device failure means for the run.
-        fast_lane: whether accesses may go through shared memory where a CPU is free.
+        fast_lane: whether accesses may go through shared memory while they come thick and fast.
     """
 
     jail: JailMode = JailMode.AUTO

@@ -41,6 +41,7 @@ from vmm.config import (
     parse_size,
 )
 from vmm.console import ConsoleBuffer
+from vmm.events import FAR
 from vmm.firmware.acpi import place_tables
 from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
 from vmm.firmware.mptable import build_mptable
@@ -55,6 +56,9 @@ from vmm.vcpu import UNLIMITED
 
 KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
 """Formats that look for the board's tables; others may use that memory as they like."""
+TIMEOUT_GRACE = 1.0
+SIGNAL_GRACE = 0.2
+"""Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
 ELCR_HIGH = 0x4D1
 """Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
 
@@ -244,8 +248,13 @@ class Machine:
         if until is not None:
             text = until.encode() if isinstance(until, str) else until
             watch = self.console.watch(text, lambda: vcpu.stop(Outcome(Ending.PAUSED)))
+        if parts.given_up is not None:
+            vcpu.stop(parts.given_up)
+            parts.given_up = None
         if timeout is not None:
             expired = Outcome(Ending.TIMEOUT, f"the guest ran for {timeout:g} s")
+            parts.patience_ends = monotonic() + timeout + TIMEOUT_GRACE
+            parts.run_ends = expired
             timer = parts.events.call_at(monotonic() + timeout, lambda: vcpu.stop(expired))
         if self.suspended:
             self.resume()
@@ -255,6 +264,7 @@ class Machine:
                 parts.unmute()
                 self._settle()
         finally:
+            parts.patience_ends = FAR
             if watch is not None:
                 self.console.unwatch(watch)
             if timer is not None:
@@ -266,6 +276,8 @@ class Machine:
 
     def _noted_signal(self, number: int) -> None:
         self._signal = number
+        parts = self.parts
+        parts.patience_ends = min(parts.patience_ends, monotonic() + SIGNAL_GRACE)
         self.stop(Outcome(Ending.INTERRUPTED, signal.Signals(number).name))
 
     def _between_slices(self) -> None:

@@ -24,7 +24,7 @@ from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
-from vmm.events import EventLoop, Timer
+from vmm.events import FAR, EventLoop, Timer
 from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
@@ -79,6 +79,12 @@ class Parts:
         self.attachments: list[Attachment] = []
         self.proxies: list[ProxyDevice] = []
         self.console = console
+        self.patience_ends = FAR
+        """When (`time.monotonic`) silent devices are given up, because the run is to end."""
+        self.run_ends = Outcome(Ending.INTERRUPTED)
+        """How it ends then."""
+        self.given_up: Outcome | None = None
+        """What a run that comes after that must end with."""
         self._look: Timer | None = None
         self._stack = ExitStack()
         try:
@@ -186,6 +192,7 @@ class Parts:
         )
         self._stack.callback(proxy.shutdown)
         proxy.watch_writes(self._posted)
+        proxy.give_up_when(lambda: monotonic() >= self.patience_ends)
         self.proxies.append(proxy)
         self.turns.add(proxy.name, proxy.sync)
         self.events.add(proxy.doorbell, lambda: self._rung(proxy))
@@ -281,7 +288,13 @@ class Parts:
     def _device_failed(self, failure: DeviceFailure) -> None:
         self.pci.fail(failure.device)
         if self.host.on_failure is FailurePolicy.STOP:
-            self.vcpu.stop(Outcome(Ending.DEVICE_FAILED, str(failure), device=failure.device))
+            outcome = Outcome(Ending.DEVICE_FAILED, str(failure), device=failure.device)
+            if failure.given_up:
+                self.given_up = outcome
+            else:
+                self.vcpu.stop(outcome)
+        if failure.given_up:
+            self._guest_ends(self.run_ends)
         self.request_attention()
 
     def _pci_fault(self, owner: str, text: str) -> None:

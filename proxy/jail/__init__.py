@@ -17,6 +17,7 @@ from proxy.jail.layers import (
     report_data,
     report_table,
 )
+from proxy.jail.linux import leave_terminal
 from proxy.jail.plan import JailError, JailMode, JailPlan, JailUnavailable
 from proxy.jail.policy import OnViolation, Policy, Rule, policy_for
 from proxy.jail.probe import plan_jail, try_jail
@@ -38,6 +39,7 @@ __all__ = [
     "enter_jail",
     "fork_into_jail",
     "layers",
+    "leave_terminal",
     "plan_jail",
     "policy_for",
     "prepare_warden",

@@ -218,8 +218,7 @@ class _Entry:
 
     def leave_session(self) -> None:
         with _layer("session"):
-            if os.getsid(0) != os.getpid():
-                os.setsid()
+            linux.leave_terminal()
             self.details["session"] = verify.session()
 
     # Who it is.

@@ -8,10 +8,13 @@ same on both (kernel: include/uapi/asm-generic/unistd.h, arch/x86/entry/syscalls
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import platform
 import signal
 import struct
+import termios
 from collections.abc import Iterable
 from typing import Final
 
@@ -272,3 +275,24 @@ def landlock_deny_all(abi: int) -> None:
         syscall("landlock", _LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
+
+
+def leave_terminal() -> None:
+    """Have no controlling terminal and a process group of one's own, in the same session.
+
+    Not by `setsid`: Linux schedules each session as a group of its own (sched(7), autogroup). A
+    device in another group than the machine is woken later, and `sched_yield` does not give way
+    to it.
+    """
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # there may be one that this process cannot name
+            os.setsid()
+            return
+    else:
+        try:
+            fcntl.ioctl(terminal, termios.TIOCNOTTY)
+        finally:
+            os.close(terminal)
+    os.setpgid(0, 0)

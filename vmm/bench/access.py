@@ -1,4 +1,8 @@
-"""Register accesses: local, proxied by socket and by shared memory, and a bare ping-pong."""
+"""Register accesses: local, proxied with one CPU and with more, and a bare ping-pong.
+
+How a proxied access goes (socket, shared memory) is what the machine chooses by default; the
+socket alone is measured beside it.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +102,11 @@ class AccessBench:
         self._cpu = cpu
         self._local = self._keep(_machine(isolated=False, fast_lane=False))
         self._socket = self._keep(_machine(isolated=True, fast_lane=False))
+        os.sched_setaffinity(0, {cpu})
+        try:
+            self._one_cpu = self._keep(_machine(isolated=True, fast_lane=True))
+        finally:
+            os.sched_setaffinity(0, self._affinity)
         self._lane = None
         if len(self._affinity) > 1:
             self._lane = self._keep(_machine(isolated=True, fast_lane=True))
@@ -113,9 +122,13 @@ class AccessBench:
         os.sched_setaffinity(0, {self._cpu})
         try:
             ping_pong = self._ping_pong.measure(count)
+            shared_read = timed(self._one_cpu, loop(count, LOAD, REGISTER), count)
             socket_read = timed(self._socket, loop(count, LOAD, REGISTER), count)
             figures = {
                 "ping_pong": ping_pong,
+                "shared_read": shared_read,
+                "shared_ratio": shared_read / ping_pong,
+                "shared_write": timed(self._one_cpu, loop(count, STORE, REGISTER), count),
                 "socket_read": socket_read,
                 "socket_ratio": socket_read / ping_pong,
                 "local_read": timed(self._local, loop(count * 10, LOAD, REGISTER), count * 10),

@@ -293,7 +293,7 @@ class Session:
         wiring = self.machine.parts.wiring
         for name, text in wiring.log_limit.rest():
             wiring.log(name, text)
-        if self._failed is not None:
+        if self._failed is not None and outcome.ending is not Ending.INTERRUPTED:
             raise self._failed
         statistics = None
         if self.args.stats:

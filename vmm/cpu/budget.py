@@ -6,34 +6,19 @@ the first has reached the second it stops the engine before the block. Another t
 lowering the limit: each counter has a single writer at a time, so no kick can be lost.
 
 The hook runs for every block of guest code, millions of times a second. On x86-64 it is 28 bytes
-of machine code that the engine calls directly; elsewhere, or where the host forbids executable
-memory, a Python function does the same about ten times slower.
+of machine code (`native`) that the engine calls directly; elsewhere, or where the host forbids
+executable memory, a Python function does the same about ten times slower.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-import platform
 from typing import Any
 
-from vmm.cpu.library import HOOK_BLOCK, STOP_FUNCTION, BlockCallback, Engine, memory_of
+from vmm.cpu import native as machine_code
+from vmm.cpu.library import HOOK_BLOCK, BlockCallback, Engine, address_of
 
 _EXECUTED, _LIMIT, _STOP, _STOPPED = range(4)
-
-_X86_64 = bytes.fromhex(
-    "488b01"  # mov rax, [rcx]         executed; rcx is the hook's user data
-    "483b4108"  # cmp rax, [rcx + 8]   limit
-    "7d09"  # jge stop
-    "89d2"  # mov edx, edx             the block's size, zero-extended
-    "4801d0"  # add rax, rdx
-    "488901"  # mov [rcx], rax
-    "c3"  # ret
-    "c6411801"  # stop: mov byte [rcx + 24], 1
-    "ff6110"  # jmp [rcx + 16]         uc_emu_stop; rdi is still the engine
-)
-"""System V calling convention: rdi engine, rsi address, edx size, rcx user data."""
 
 NO_LIMIT = 1 << 62
 
@@ -47,20 +32,19 @@ class Budget:
 
     Attributes:
         words: [executed, limit, -, stopped], for the hot path of `Cpu`.
-        native: whether the hook is machine code.
+        address: of `words`, for native code.
+        code: the machine code in use; None: the portable hook.
     """
 
     def __init__(self, engine: Engine, native: bool = True) -> None:
         self._storage = (ctypes.c_int64 * 4)()
         self.words = memoryview(self._storage).cast("B").cast("q")
         self.words[_LIMIT] = NO_LIMIT
-        self.words[_STOP] = STOP_FUNCTION
-        code = _native_code() if native else None
-        self.native = code is not None
-        if code is not None:
-            self._code = code
-            hook = ctypes.c_void_p(memory_of(code))
-            engine.hook(HOOK_BLOCK, hook, data=ctypes.addressof(self._storage))
+        self.words[_STOP] = address_of("uc_emu_stop")
+        self.address = ctypes.addressof(self._storage)
+        self.code = machine_code.load() if native else None
+        if self.code is not None:
+            engine.hook(HOOK_BLOCK, ctypes.c_void_p(self.code.on_block), data=self.address)
         else:
             engine.hook(HOOK_BLOCK, BlockCallback(self._portable(engine)))
 
@@ -101,16 +85,3 @@ class Budget:
     def stopped(self) -> bool:
         """Whether the hook has stopped the engine since `arm`."""
         return self.words[_STOPPED] != 0
-
-
-def _native_code() -> mmap.mmap | None:
-    """A page with the machine code, or None where this host cannot have it."""
-    if os.name != "posix" or platform.machine() not in ("x86_64", "amd64"):
-        return None
-    rights = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-    try:
-        page = mmap.mmap(-1, mmap.PAGESIZE, prot=rights)
-    except OSError:
-        return None
-    page[: len(_X86_64)] = _X86_64
-    return page

@@ -320,7 +320,8 @@ class Delivery:
         if dpl < cpl:
             context.load_segment(SS, dpl, 0, 0, dpl << 13)
         context.rsp = sp
-        context.load_segment(CS, selector & ~3 | dpl, _base(pair), limit_of(pair), pair[1])
+        # 64-bit code has no base, whatever the descriptor says; the engine would add it to RIP.
+        context.load_segment(CS, selector & ~3 | dpl, 0, limit_of(pair), pair[1])
         context.rip = offset
 
 

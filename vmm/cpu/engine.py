@@ -43,6 +43,7 @@ from vmm.cpu.library import (
     SyscallCallback,
     error_name,
 )
+from vmm.cpu.native import NativeEvents
 from vmm.cpu.paging import Fault, Linear, Physical
 from vmm.cpu.registers import Registers
 from vmm.cpu.state import CpuState
@@ -77,7 +78,7 @@ class Cpu:
         memory: its regions are mapped here; close it after the CPU.
         ports: answers IN and OUT.
         mmio: answers every physical address that is not RAM, up to 2**40.
-        native: False forces the slow portable block hook and leaves the accelerator off.
+        native: False does without machine code (`native`) and the accelerator.
         tsc: the time-stamp counter; None leaves RDTSC to the engine, which reads the host's.
 
     Raises:
@@ -112,7 +113,7 @@ class Cpu:
         self._fast = FastCalls(context, self._linear)
         self._registers = Registers(context, self._budget)
         install_io(engine, self._regions, ports, mmio, self._fail)
-        self._install_traps()
+        self._install_traps(memory)
         install_cpuid(engine, context, self._fail)
         if tsc is not None:
             install_tsc(engine, context, tsc, self._fail)
@@ -256,8 +257,10 @@ class Cpu:
         Returns:
             None, or the SHUTDOWN stop if that ended in a triple fault.
         """
-        self._context.save()
         self.halted = False
+        if self._events is not None and self._events.inject(vector):
+            return None
+        self._context.save()
         self._deliver(vector, None, Source.EXTERNAL)
         return self._final
 
@@ -318,15 +321,28 @@ class Cpu:
             self._failure = failure
         self._words[1] = -1
 
-    def _install_traps(self) -> None:
-        engine = self._engine
-        engine.hook(HOOK_INTERRUPT, InterruptCallback(self._guarded(self._on_interrupt)))
+    def _install_traps(self, memory: GuestMemory) -> None:
+        engine, code = self._engine, self._budget.code
+        on_interrupt = InterruptCallback(self._guarded(self._on_interrupt))
+        on_syscall = SyscallCallback(self._guarded(self._on_syscall))
+        self._events: NativeEvents | None = None
+        if code is not None:
+            self._events = NativeEvents(
+                code,
+                self._context,
+                memory.regions[0],
+                words=self._budget.address,
+                cost=EXCEPTION_COST,
+                with_code=HAS_ERROR_CODE,
+                on_interrupt=on_interrupt,
+                on_syscall=on_syscall,
+            )
+        else:
+            engine.hook(HOOK_INTERRUPT, on_interrupt)
+            engine.hook_instruction(REG.UC_X86_INS_SYSCALL, on_syscall)
         engine.hook(HOOK_INVALID, InvalidCallback(self._guarded(self._on_invalid)))
-        for instruction, trap in (
-            (REG.UC_X86_INS_SYSCALL, self._on_syscall),
-            (REG.UC_X86_INS_SYSENTER, self._on_sysenter),
-        ):
-            engine.hook_instruction(instruction, SyscallCallback(self._guarded(trap)))
+        on_sysenter = SyscallCallback(self._guarded(self._on_sysenter))
+        engine.hook_instruction(REG.UC_X86_INS_SYSENTER, on_sysenter)
 
     def _guarded(self, action: Callable[..., Any]) -> Callable[..., Any]:
         fail, stop = self._fail, self._engine.stop

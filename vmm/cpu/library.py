@@ -111,8 +111,15 @@ _ctl1.argtypes = [_ptr, ctypes.c_uint32, _u64]
 _ctl2 = ctypes.CDLL(_binding.uclib._name).uc_ctl
 _ctl2.argtypes = [_ptr, ctypes.c_uint32, _u64, _u64]
 
-STOP_FUNCTION = ctypes.cast(_lib.uc_emu_stop, _ptr).value or 0
-"""Address of uc_emu_stop, for native code."""
+
+def function_at(callback: Any) -> int:
+    """Host address of a C function, for native code."""
+    return ctypes.cast(callback, _ptr).value or 0
+
+
+def address_of(name: str) -> int:
+    """Host address of a function of the library, for native code."""
+    return function_at(getattr(_lib, name))
 
 
 _CONTEXT_HEADER = 40
@@ -260,8 +267,8 @@ class Engine:
         )
         check(code, f"install hook {kind:#x}")
 
-    def hook_instruction(self, instruction: int, callback: Any) -> None:
-        self.hook(HOOK_INSTRUCTION, callback, _int(instruction))
+    def hook_instruction(self, instruction: int, callback: Any, data: int = 0) -> None:
+        self.hook(HOOK_INSTRUCTION, callback, _int(instruction), data=data)
 
     def start(self, rip: int, count: int = 0, until: int = 0) -> int:
         """Run from RIP until something stops it; gives the library's error code.

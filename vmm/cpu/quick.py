@@ -14,6 +14,7 @@ import struct
 from vmm.cpu.context import (
     CR4_LA57,
     CS,
+    D_GRANULAR,
     F_IF,
     F_NT,
     F_RF,
@@ -36,7 +37,7 @@ _CLEARED = F_TF | F_RF | F_NT | F_VM
 _HIDDEN_CLEARED = H_CPL | H_SHADOW | H_ADDSEG | H_SS32
 _CANONICAL = (0, 0x1FFFF)
 
-# Descriptor bits 40-55: present, S, code, long; not conforming, DPL 0, not D.
+# Bits 40-55 of a descriptor: present, S, code, long; not conforming, DPL 0, not D.
 _CODE_MASK = 0x0060_FC00_0000_0000
 _CODE_WANTED = 0x0020_9800_0000_0000
 
@@ -122,6 +123,9 @@ class QuickDelivery:
         descriptor = table[place >> 3]
         if descriptor & _CODE_MASK != _CODE_WANTED:
             return False
+        limit = descriptor & 0xFFFF | descriptor >> 32 & 0xF_0000
+        if descriptor >> 32 & D_GRANULAR:
+            limit = limit << 12 | 0xFFF
         sp = old_sp = longs[self._gpr + 4]
         ist = gate >> 32 & 7
         if ist or cpl:
@@ -151,7 +155,7 @@ class QuickDelivery:
             longs[self._ss + 1] = 0
         words[cs] = selector
         longs[self._cs + 1] = 0
-        words[cs + 4] = NONE
+        words[cs + 4] = limit
         words[cs + 5] = descriptor >> 32
         words[self._hflags] = hidden & ~_HIDDEN_CLEARED | H_CS64 | H_CS32 | H_SS32
         longs[self._gpr + 4] = sp
