@@ -3,6 +3,7 @@
 - `BusDevice` (in `devices.bus`): answers reads and writes of one range.
 - `Device`: the base of every model: regions, state, sleep/wake, snapshot/restore.
 - `TakesInput`: bytes from the outside world (a typed character) reach it.
+- `TakesTurns`, `HasWork`, `Watches`: it does DMA or waits for its host (see `devices.dma`).
 - `PciFunction` (in `devices.pci`): has a configuration space.
 - `DeviceHost`: the other direction, what a model may ask of the machine that holds it.
 
@@ -15,12 +16,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
 from devices.bus import BusDevice, BusType, Range
 from devices.errors import DeviceError
+
+if TYPE_CHECKING:
+    from devices.dma import GuestMemory
 
 U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -39,6 +43,8 @@ class Region:
             the guest decides (a PCI BAR).
         irq: the ISA interrupt line that the device's pin is wired to unless the machine's
             configuration says otherwise; None: no line, or one that PCI routes.
+        synced: the guest goes on after a write only when the device has carried it out, with all
+            that it told the machine on the way; other writes may be posted.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Region:
     length: int
     start: int | None = None
     irq: int | None = None
+    synced: bool = False
 
     def range(self) -> Range | None:
         return None if self.start is None else Range(self.start, self.length)
@@ -59,6 +66,26 @@ class DeviceHost(Protocol):
         """Descriptors that the machine opened for this device, by the option that named them."""
         ...
 
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest RAM, for a model with `Device.dma`; for any other it has no bytes.
+
+        To be used in turns only, see `devices.dma`; never in the constructor.
+        """
+        ...
+
+    def want_turn(self) -> None:
+        """Have `TakesTurns.turn` called soon: at the end of this synced write, else with the vCPU
+        stopped between two instructions. Asking again before that changes nothing.
+
+        It is no state: a model asks again in `Device.wake` for what it still has to do.
+        """
+        ...
+
+    def want_work(self) -> None:
+        """Have `HasWork.work` called once no command waits. No state either."""
+        ...
+
     def set_irq(self, level: bool, pin: int = 0) -> None:
         """Drive an interrupt line. `pin` counts from 0 (for PCI: INTA#)."""
         ...
@@ -68,7 +95,10 @@ class DeviceHost(Protocol):
         ...
 
     def wrote_pages(self, first: int, count: int) -> None:
-        """Say that `count` guest pages of 4 KiB from page number `first` were written by DMA."""
+        """Say that `count` guest pages of 4 KiB from page number `first` were written by DMA.
+
+        `memory` does it by itself.
+        """
         ...
 
     def output(self, data: bytes) -> None:
@@ -143,6 +173,8 @@ class Device:
     """One line for the list of models."""
     Options: ClassVar[type] = NoOptions
     State: ClassVar[type] = NoState
+    dma: ClassVar[bool] = False
+    """Whether it reads and writes guest memory: only then it gets at it (`DeviceHost.memory`)."""
 
     def __init__(self, host: DeviceHost, options: Any = None) -> None:
         self.host = host
@@ -210,5 +242,48 @@ class TakesInput(Protocol):
         """Take as many leading bytes as there is room for; the number taken.
 
         If it is less than all, the model calls `DeviceHost.input_wanted` once there is room.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """A model that asks for turns (`DeviceHost.want_turn`) to touch guest memory."""
+
+    def turn(self) -> None:
+        """Do what is to be done while the vCPU stands still; it waits, so do not take long.
+
+        A model with more to do asks for another turn; the guest runs for a while before that.
+        Never called while the device sleeps.
+        """
+        ...
+
+
+@runtime_checkable
+class HasWork(Protocol):
+    """A model with slow work on the host (a flush to disk) that the guest should not wait for."""
+
+    def work(self) -> None:
+        """Do it, without touching guest memory; then ask for a turn to tell the guest.
+
+        Never called while the device sleeps: what `sleep` must not leave behind it does itself.
+        """
+        ...
+
+
+@runtime_checkable
+class Watches(Protocol):
+    """A model that waits for descriptors of its host to become readable."""
+
+    def watched(self) -> Sequence[int]:
+        """The descriptors to wait for now; asked again after each call of any of its methods.
+
+        Waiting is level-triggered: a model whose own buffer is full leaves its descriptor out.
+        """
+        ...
+
+    def ready(self, fd: int) -> None:
+        """`fd` is readable, or its peer is gone: read it into memory of the model's own, and ask
+        for a turn. Never touches guest memory; never called while the device sleeps.
         """
         ...

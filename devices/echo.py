@@ -16,7 +16,11 @@ from devices.contract import Device, Region
 
 @dataclass(frozen=True)
 class EchoOptions:
-    """`bus`: the address space that the register lies in, ``pio`` or ``mmio``."""
+    """What a user may set.
+
+    Attributes:
+        bus: the address space that the register lies in.
+    """
 
     bus: BusType = BusType.PIO
 

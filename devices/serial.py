@@ -83,7 +83,11 @@ _PLACES = {
 
 @dataclass
 class SerialOptions:
-    """`port` chooses the default address and interrupt line."""
+    """What a user may set.
+
+    Attributes:
+        port: chooses the default address and interrupt line.
+    """
 
     port: ComPort = ComPort.COM1
 

@@ -31,6 +31,7 @@ _READ = struct.Struct("<QQQ")
 _WRITE = struct.Struct("<QQQQ")
 _RESULT = struct.Struct("<QQ")
 _RESULT_HEADERS = tuple(m.ReadResult.opcode | size << 8 for size in range(9))
+_OK = m.Ok.opcode
 _TICK = BURST - 1
 
 
@@ -70,7 +71,9 @@ class Accesses:
     look: Callable[[], bool]
     gate: Callable[[bool], None]
 
-    def __init__(self, link: Link, shape: m.Shape, shared: MachineLane) -> None:
+    def __init__(
+        self, link: Link, shape: m.Shape, shared: MachineLane, *, synced: bool = False
+    ) -> None:
         # Without a page no lane is ever opened, and these two are never touched.
         words: Any = shared.words
         page: Any = shared.page
@@ -146,10 +149,19 @@ class Accesses:
                 return ones[size]
             return slow_read(size, request, None)
 
-        def region(index: int, base: int) -> RegionHandler:
+        def lost_write(request: bytes | None, error: OSError) -> None:
+            """A send (with `request`) or a receive of a synced write did not go through."""
+            if not isinstance(error, BlockingIOError):
+                link.fail("", "SyncedWrite")
+            elif link.finish_write(request, None):
+                return
+            link.dropped_writes += 1
+
+        def region(index: int, base: int, waits: bool) -> RegionHandler:
             handler = RegionHandler(base)
             reads = tuple(lane.header(m.Read.opcode, size, index) for size in range(9))
             writes = tuple(lane.header(m.Write.opcode, size, index) for size in range(9))
+            synceds = tuple(lane.header(m.SyncedWrite.opcode, size, index) for size in range(9))
 
             def read(offset: int, size: int) -> int:
                 nonlocal tubed, head, limit, posted
@@ -241,12 +253,65 @@ class Accesses:
                     link.fail("", "Write")
                     link.dropped_writes += 1
 
-            handler.read, handler.write = read, write
+            def synced_write(offset: int, size: int, value: int) -> None:
+                nonlocal tubed, head, limit, posted
+                if is_open:
+                    if words[state_word] == dozing:
+                        shared.close()
+                    elif head < limit or make_room():
+                        where = ring[head & last_slot]
+                        put(page, where, synceds[size], offset, handler.base + offset, value)
+                        head += 1
+                        words[head_word] = head
+                        if shares:
+                            give_way() if head & _TICK else give_way_timed()
+                        for _ in spins:
+                            if words[tail_word] == head:
+                                break
+                        else:
+                            if shared.wait_tail(head, head, "SyncedWrite") is None:
+                                link.dropped_writes += 1
+                                return
+                        limit = head + slots
+                        posted = False
+                        upcalls = words[upcalls_word]
+                        if upcalls > link.upcalls:
+                            link.catch_up(upcalls, "SyncedWrite")
+                        return
+                if not tubed & _TICK:
+                    tick()
+                    if is_open:
+                        synced_write(offset, size, value)
+                        return
+                tubed += 1
+                posted = False
+                request: bytes | None = pack_write(
+                    synceds[size], offset, handler.base + offset, value
+                )
+                try:
+                    send(request, dont_wait)  # type: ignore[arg-type]
+                    request = None
+                    got = receive(buffer)
+                except OSError as error:
+                    lost_write(request, error)
+                    return
+                except Misuse:
+                    raise
+                except BaseException:
+                    link.fail("was abandoned in mid-exchange", "SyncedWrite")
+                    raise
+                if (got != 1 or buffer[0] != _OK) and not link.finish_write(
+                    None, bytes(buffer[:got])
+                ):
+                    link.dropped_writes += 1
+
+            handler.read, handler.write = read, synced_write if waits else write
             return handler
 
         shared.on_change = changed
         self.counts, self.gate = counts, gate
         self.settle, self.settled, self.look = settle, settled, look
         self.handlers = tuple(
-            region(index, each.start or 0) for index, each in enumerate(shape.regions)
+            region(index, each.start or 0, synced or each.synced)
+            for index, each in enumerate(shape.regions)
         )

@@ -3,7 +3,7 @@
 What runs here is believed in nothing by the machine. In the other direction the machine is
 trusted: a message out of turn ends the process, it is not argued with.
 
-System calls of the loop after the jail is up: recvfrom, recvmsg (a config mapping's
+System calls of the loop after the jail is up: recvfrom, recvmsg (a mapping's
 descriptor), sendto, sendmsg, poll, write (doorbell), mmap (a given descriptor, shared,
 read-write; and the allocator), fstat and fcntl(F_DUPFD_CLOEXEC) (inside mmap), munmap, close,
 futex, sched_yield, exit_group.
@@ -17,7 +17,7 @@ import select
 import socket
 import struct
 
-from devices.contract import Device
+from devices.contract import Device, HasWork, Watches
 from proxy import lane
 from proxy import messages as m
 from proxy.commands import Commands
@@ -42,13 +42,24 @@ NET_MS = 1
 
 _READ = m.Read.opcode
 _WRITE = m.Write.opcode
+_SYNCED_WRITE = m.SyncedWrite.opcode
+_OK = m.Ok().encode()
 _READ_BYTES = 24
 _WRITE_BYTES = 32
 _OFFSET = struct.Struct("<8xQ")
 _OFFSET_DATA = struct.Struct("<8xQ8xQ")
 _RESULT = struct.Struct("<QQ")
 _RESULT_HEADERS = tuple(m.ReadResult.opcode | size << 8 for size in range(9))
-_LANE_CLOSED_FIRST = (m.Sleep, m.DestroyDevice, m.Shutdown, m.LaneOpen, m.Read, m.Write)
+_LANE_CLOSED_FIRST = (
+    m.Sleep,
+    m.DestroyDevice,
+    m.Shutdown,
+    m.LaneOpen,
+    m.Read,
+    m.Write,
+    m.SyncedWrite,
+)
+_WITH_DESCRIPTOR = (m.InitPciConfigMapping, m.MapGuestMemory)
 
 
 class ChildLoop:
@@ -80,6 +91,12 @@ class ChildLoop:
         self._fence = lane.make_fence()
         if page is not None:
             self._words = host.page = memoryview(page).cast("Q")
+        self._watcher = device if isinstance(device, Watches) else None
+        self._does_more = self._watcher is not None or isinstance(device, HasWork)
+        self._unheard = 0
+        self._watched: set[int] = set()
+        self._waiter = select.poll()
+        self._waiter.register(end, select.POLLIN)
 
     def serve(self) -> None:
         """Carry out commands until `Shutdown` is answered or the machine is gone.
@@ -98,6 +115,7 @@ class ChildLoop:
 
     def _serve_tube(self) -> None:
         """Serve the tube until the lane is opened or the session ends."""
+        does_more, idle, synced = self._does_more, self._idle, self._host.turns.write
         receive, send, buffer = self._end.recv_into, self._end.send, self._buffer
         readers, writers, host, pending = (
             self._commands.readers,
@@ -107,10 +125,11 @@ class ChildLoop:
         )
         result, headers = _RESULT.pack, _RESULT_HEADERS
         active = self._session.state in (State.ACTIVE, State.DESTROYED)
-        waiter, waited = select.poll(), 0
-        waiter.register(self._end, select.POLLIN)
+        waiter, waited = self._waiter, 0
         while True:
-            if pending:
+            if does_more:
+                idle()
+            elif pending:
                 waited += 1
                 if waited > PATIENCE or not waiter.poll(FLUSH_MS):
                     host.flush()
@@ -129,6 +148,15 @@ class ChildLoop:
             elif opcode == _WRITE and count == _WRITE_BYTES and active:
                 offset, value = _OFFSET_DATA.unpack_from(buffer)
                 writers[buffer[2]](offset, buffer[1], value)
+            elif opcode == _SYNCED_WRITE and count == _WRITE_BYTES and active:
+                offset, value = _OFFSET_DATA.unpack_from(buffer)
+                host.quiet = True
+                synced(writers[buffer[2]], offset, buffer[1], value)
+                host.quiet = False
+                try:
+                    send(_OK)
+                except OSError:
+                    host.unsent += 1
             else:
                 self._rare(count)
                 state = self._session.state
@@ -142,8 +170,9 @@ class ChildLoop:
         if words is None or page is None:
             raise ProtocolFault("a lane that this child does not have")
         readers, writers, host = self._commands.readers, self._commands.writers, self._host
+        does_more, synced = self._does_more, host.turns.write
         unpack, tail, spins = lane.TAKEN_SLOT.unpack_from, self._tail, 0
-        flushed = tail
+        flushed = glanced = tail
         head_word, tail_word, value_word, door_word = lane.HEAD, lane.TAIL, lane.VALUE, lane.DOOR
         ring, last_slot = lane.RING, lane.RING_SLOTS - 1
         shares, give_way = self._lane_shares, os.sched_yield
@@ -156,8 +185,12 @@ class ChildLoop:
                     host.quiet = True
                     words[value_word] = readers[region](offset, size)
                     host.quiet = False
-                else:
+                elif opcode == _WRITE:
                     writers[region](offset, size, value)
+                else:
+                    host.quiet = True
+                    synced(writers[region], offset, size, value)
+                    host.quiet = False
                 tail += 1
                 words[tail_word] = tail
                 spins = 0
@@ -174,6 +207,9 @@ class ChildLoop:
             elif host.pending and (spins >= patience or tail - flushed > PATIENCE):
                 host.flush()
                 flushed = tail
+            elif does_more and tail - glanced > PATIENCE:
+                self._look_around(0)
+                glanced = tail
             elif spins >= patience:
                 self._doze(words)
                 spins = 0
@@ -185,11 +221,12 @@ class ChildLoop:
         """Announce sleep and block until the tube has something, or the ring after all."""
         words[lane.STATE] = self._lane_state | 1
         self._fence()
-        if words[lane.HEAD] == self._tail:
-            waiter = select.poll()
-            waiter.register(self._end, select.POLLIN)
-            if waiter.poll(NET_MS) or words[lane.HEAD] == self._tail:
+        wait: int | None = NET_MS
+        while words[lane.HEAD] == self._tail:
+            if self._look_around(wait):
                 self._take(0)
+                break
+            wait = None
         if self._lane_state:
             words[lane.STATE] = self._lane_state
 
@@ -212,10 +249,52 @@ class ChildLoop:
             opcode, size, region, _, offset, _, value = lane.TAKEN_SLOT.unpack_from(page, place)
             if opcode == _READ:
                 words[lane.VALUE] = self._commands.readers[region](offset, size)
-            else:
+            elif opcode == _WRITE:
                 self._commands.writers[region](offset, size, value)
+            else:
+                self._host.turns.write(self._commands.writers[region], offset, size, value)
             self._tail += 1
             words[lane.TAIL] = self._tail
+
+    # Beside commands.
+
+    def _idle(self) -> None:
+        """Do what the device has to do beside commands, until one waits on the tube."""
+        host = self._host
+        while not self._look_around(FLUSH_MS if host.pending else None):
+            host.flush()
+            self._unheard = 0
+        self._unheard += 1
+        if self._unheard > PATIENCE:
+            host.flush()
+            self._unheard = 0
+
+    def _look_around(self, wait: int | None) -> bool:
+        """Wait up to `wait` ms for the tube and what the device watches, or do waiting work.
+
+        Returns whether the tube has something.
+        """
+        turns = self._host.turns
+        active = self._session.state is State.ACTIVE
+        watcher = self._watcher if active else None
+        wanted = set(watcher.watched()) if watcher is not None else set()
+        if wanted != self._watched:
+            for fd in self._watched - wanted:
+                self._waiter.unregister(fd)
+            for fd in wanted - self._watched:
+                self._waiter.register(fd, select.POLLIN)
+            self._watched = wanted
+        works = active and turns.work_wanted
+        ready = self._waiter.poll(0 if works else wait)
+        if works and not ready:
+            turns.work()
+        has_command = False
+        for fd, _ in ready:
+            if fd == self._end.fileno():
+                has_command = True
+            elif watcher is not None:
+                watcher.ready(fd)
+        return has_command
 
     # Rare commands.
 
@@ -230,7 +309,7 @@ class ChildLoop:
             self._session.command(kind)
             if self._lane_state and kind in _LANE_CLOSED_FIRST:
                 raise ProtocolFault(f"{kind.__name__} while the lane is open")
-            if (len(fds) == 1) != (kind is m.InitPciConfigMapping):
+            if (len(fds) == 1) != (kind in _WITH_DESCRIPTOR):
                 raise ProtocolFault(f"{kind.__name__} with {len(fds)} descriptors")
             self._host.quiet = kind.reply is not None
             answer: m.Message | None = None

@@ -25,6 +25,7 @@ def shape_of(device: Device) -> m.Shape:
         is_pci=hasattr(device, "read_config"),
         bars=bars,
         takes_input=isinstance(device, TakesInput),
+        dma=device.dma,
     )
 
 
@@ -61,8 +62,12 @@ class Commands:
         self._has_lane = has_lane
         self._closed = False
         self._mapping: int | None = None
+        self._turns = host.turns
+        self._turns.attach(device)
         handlers: list[BusDevice] = list(device.handlers())
         self.readers = [each.read for each in handlers]
+        if device.dma:
+            self.readers = [self._turns.reader(read) for read in self.readers]
         self.writers = [each.write for each in handlers]
         self._table: dict[type[m.Message], Callable[[Any], m.Message | None]] = {
             m.Activate: self._activate,
@@ -78,22 +83,24 @@ class Commands:
             m.Restore: self._restore,
             m.Sleep: self._sleep,
             m.Wake: self._wake,
-            m.Sync: lambda _: m.Ok(),
+            m.Sync: self._sync,
+            m.MapGuestMemory: self._map_memory,
             m.Input: self._input,
         }
 
     def carry_out(self, command: m.Message, fd: int | None) -> m.Message | None:
         """Do it; the answer, or None for posted commands. `fd` stays with the caller."""
         self._mapping = fd
-        run = self._table[type(command)]
-        if not command.refusable:
-            return run(command)
         try:
-            return run(command)
-        except DeviceError as error:
-            return m.Refused(error.reason)
+            return self._table[type(command)](command)
         except Exception as error:
-            return m.Refused(f"{type(error).__name__}: {error}")
+            if not command.refusable:
+                raise
+            reason = error.reason if isinstance(error, DeviceError) else None
+            return m.Refused(reason or f"{type(error).__name__}: {error}")
+        finally:
+            # The machine's vCPU waits for the answer, so this was a turn.
+            self._turns.memory.flush()
 
     def close_device(self) -> None:
         """Let the device clean up, once."""
@@ -108,6 +115,8 @@ class Commands:
         except Exception as error:
             self._host.log(f"clean-up failed: {type(error).__name__}: {error}")
         self._device = None
+        self._turns.attach(None)
+        self._turns.memory.map([])
         self._host.flush()
 
     def _activate(self, _: m.Activate) -> m.Message:
@@ -132,6 +141,19 @@ class Commands:
         # mmap keeps its own duplicate of the descriptor; this one is closed by the caller.
         memory = mmap.mmap(self._mapping, command.base + command.length)
         return m.MappingResult(bool(keep(memoryview(memory), command.base, command.length)))
+
+    def _map_memory(self, command: m.MapGuestMemory) -> m.Message:
+        assert self._mapping is not None
+        fd, mapped = self._mapping, []
+        for region in command.regions:
+            mapping = mmap.mmap(fd, region.size, offset=region.offset)
+            mapped.append((region.start, memoryview(mapping)))
+        self._turns.memory.map(mapped)
+        return m.Ok()
+
+    def _sync(self, _: m.Sync) -> m.Message:
+        self._turns.take()
+        return m.Ok()
 
     def _read_virtual(self, command: m.ReadVirtualConfig) -> m.Message:
         value = 0 if self._closed else self._device.read_virtual_config(command.register)

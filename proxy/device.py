@@ -21,7 +21,7 @@ from proxy.link import Link
 from proxy.machine_lane import MachineLane
 from proxy.placement import Placement
 from proxy.session import SPONTANEOUS, State
-from proxy.shape import ClaimedRange, Shape, wrong_shape
+from proxy.shape import ClaimedRange, MemoryRegion, Shape, wrong_shape
 
 DEADLINE = 5.0
 """Seconds that the machine waits for any answer of a child."""
@@ -42,6 +42,19 @@ class ProxyStats:
     dropped_writes: int
 
 
+@dataclass(frozen=True)
+class GuestRam:
+    """Guest memory that a device may map.
+
+    Attributes:
+        fd: memfd that cannot shrink; stays with the caller.
+        regions: what of it is RAM.
+    """
+
+    fd: int
+    regions: tuple[MemoryRegion, ...]
+
+
 class ProxyDevice:
     """One device process, seen from the machine.
 
@@ -55,6 +68,8 @@ class ProxyDevice:
         expected: the shape that the model declares; None takes what the child says, within reason.
         deadline: seconds that any wait on the child may take.
         placement: the machine's CPUs; None leaves the child anywhere and the lane closed.
+        memory: guest memory, for a device that does DMA; None gives it none.
+        synced: wait until the device has carried out each write, whatever region it is to.
         map_config: let a PCI function keep its registers in shared memory, so that reads of them
             need no message.
 
@@ -72,6 +87,8 @@ class ProxyDevice:
         expected: Shape | None = None,
         deadline: float = DEADLINE,
         placement: Placement | None = None,
+        memory: GuestRam | None = None,
+        synced: bool = False,
         map_config: bool = True,
     ) -> None:
         self._closed = True
@@ -91,8 +108,12 @@ class ProxyDevice:
                 link.fail(f"broke the protocol: {wrong}", "Activate")
                 link.check()
             self.lane = MachineLane(link, child.lane if answer.lane else -1, placement)
-            self._accesses = Accesses(link, answer.shape, self.lane)
+            self._accesses = Accesses(link, answer.shape, self.lane, synced=synced)
             _tie(link, self.lane, self._accesses)
+            self.maps_memory = memory is not None and self.shape.dma
+            """Whether it got guest memory."""
+            if memory is not None and self.maps_memory:
+                link.ask(m.MapGuestMemory(memory.regions), (memory.fd,))
             if map_config and self.shape.is_pci:
                 self._map_config()
         except BaseException:
@@ -232,9 +253,10 @@ class ProxyDevice:
         return taken
 
     def sync(self) -> None:
-        """Wait until all posted writes were done and what the device said of them was heard.
+        """Give the device the turn that it wants; not for the middle of an access.
 
-        Like an access, it never raises for what the child does.
+        When this returns, all posted writes were done, too, and what it said was heard. Like an
+        access, it never raises for what the child does.
         """
         self._access(m.Sync())
 

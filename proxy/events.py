@@ -23,6 +23,9 @@ class ProxyEvents(Protocol):
 
     def wrote_pages(self, name: str, first: int, count: int) -> None: ...
 
+    def want_turn(self, name: str) -> None:
+        """The device asks for a turn: see `ProxyDevice.sync`."""
+
     def output(self, name: str, data: bytes) -> None: ...
 
     def input_wanted(self, name: str) -> None: ...

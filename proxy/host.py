@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 
+from devices.dma import GuestMemory, Turns
 from proxy import lane
 from proxy import messages as m
 
@@ -24,9 +25,16 @@ class ChildHost:
         end: the child's end of the tube.
         doorbell: the writing end of a pipe, non-blocking; one byte says "look at the tube".
         fds: descriptors given to the device.
+        finish_work: see `devices.dma.Turns`.
     """
 
-    def __init__(self, end: socket.socket, doorbell: int, fds: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        end: socket.socket,
+        doorbell: int,
+        fds: Mapping[str, int],
+        finish_work: bool = False,
+    ) -> None:
         self._end = end
         self._doorbell = doorbell
         self._fds = dict(fds)
@@ -38,10 +46,21 @@ class ChildHost:
         """Messages that could not be sent; the machine is gone then."""
         self.page: memoryview | None = None
         """The lane's page in words of 8 bytes, once it is mapped."""
+        self.turns = Turns(self.wrote_pages, lambda: self._send(m.WantTurn()), finish_work)
 
     @property
     def fds(self) -> Mapping[str, int]:
         return self._fds
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.turns.memory
+
+    def want_turn(self) -> None:
+        self.turns.want_turn()
+
+    def want_work(self) -> None:
+        self.turns.want_work()
 
     def set_irq(self, level: bool, pin: int = 0) -> None:
         self._send(m.IrqLevel(bool(level), pin))

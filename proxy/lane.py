@@ -7,6 +7,7 @@ Rules that both ends keep:
 - The lane is opened and closed by messages on the tube, so the order of all commands is one: the
   child looks at the ring only after `LaneOpen`, and carries out all of the ring before any
   message that it takes from the tube later.
+- A `SyncedWrite` in the ring is done, with its turn, when `TAIL` has passed it.
 - The machine waits for the answer of each tube message that it sends while the lane is open, or
   closes the lane first. `DOOR` counts such messages, so that a polling child looks at the tube.
 - Who looks at the page in vain spins, if each side has a CPU; on one CPU (`LaneOpen.shares`)
@@ -56,8 +57,8 @@ SLOT_BYTES = 64
 RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
 """Where each slot starts."""
 SLOT = struct.Struct("<QQQQ")
-"""Header as in the messages `Read` and `Write` (opcode, length, region, requester), then offset,
-address and data."""
+"""Header as in the messages `Read`, `Write` and `SyncedWrite` (opcode, length, region, requester),
+then offset, address and data."""
 READ_SLOT = struct.Struct("<QQQ")
 """The part of a slot that a read needs."""
 TAKEN_SLOT = struct.Struct("<BBBxIQQQ")

@@ -6,7 +6,7 @@ import gc
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import msgspec
@@ -58,6 +58,8 @@ class Order:
         options: text or plain values.
         factory: builds the device instead of `model` and `options`, or None.
         fds: descriptors for the device, by option name.
+        guest_memory: bytes of guest memory that a device with DMA will map.
+        finish_work: see `devices.dma.Turns`.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Order:
     options: Mapping[str, Any]
     factory: DeviceFactory | None
     fds: Mapping[str, int]
+    guest_memory: int = 0
+    finish_work: bool = False
 
 
 def start_child(
@@ -83,15 +87,18 @@ def start_child(
     status = START_FAILED
     try:
         try:
-            host = ChildHost(end, doorbell, order.fds)
+            host = ChildHost(end, doorbell, order.fds, order.finish_work)
             device = _build(order, host)
             page = lane.map_page(page_fd) if page_fd >= 0 else None
             keep = [end.fileno(), doorbell, setup.fileno(), *order.fds.values()]
             loop = ChildLoop(end, host, device, page)
             gc.freeze()
+            policy = policy_for(order.model)
+            if device.dma:
+                policy = replace(policy, more_memory=policy.more_memory + order.guest_memory)
             report = enter_jail(
                 plan,
-                policy_for(order.model),
+                policy,
                 keep,
                 lambda listener: send_with_fds(setup, LISTENER, [listener]),
             )

@@ -183,10 +183,20 @@ class Link:
             request: what is still to be sent, if anything.
             datagram: what was received first, if anything.
         """
+        answer = self._finish(m.Read, size, request, datagram)
+        return answer.data if isinstance(answer, m.ReadResult) else None
+
+    def finish_write(self, request: bytes | None, datagram: bytes | None) -> bool:
+        """Finish a synced write in the same way; False on failure."""
+        return self._finish(m.SyncedWrite, 0, request, datagram) is not None
+
+    def _finish(
+        self, kind: type[m.Message], size: int, request: bytes | None, datagram: bytes | None
+    ) -> m.Message | None:
         if self._failing:
             return None
         end = monotonic() + self.deadline
-        self.session.awaiting = m.Read
+        self.session.awaiting = kind
         self._assembler.limit = _UPCALL_LIMIT
         try:
             if request is not None:
@@ -194,14 +204,14 @@ class Link:
             answer = None if datagram is None else self._judge(datagram)
             if answer is None:
                 answer = self._answer(end)
-            if not isinstance(answer, m.ReadResult) or answer.length != size:
+            if isinstance(answer, m.ReadResult) and answer.length != size:
                 raise ProtocolFault(f"{answer} as the answer to a Read of {size} bytes")
         except BaseException as error:
-            self._blame(error, "Read")
+            self._blame(error, kind.__name__)
             if not isinstance(error, Exception):
                 raise
             return None
-        return answer.data
+        return answer
 
     # Inside.
 
@@ -285,6 +295,8 @@ class Link:
                 events.msi(name, address, data)
             case m.WrotePages(count, first):
                 events.wrote_pages(name, first, count)
+            case m.WantTurn():
+                events.want_turn(name)
             case m.Output(data):
                 events.output(name, data)
             case m.InputWanted():

@@ -21,12 +21,22 @@ from proxy.codec import (
     TextMessage,
     decode,
 )
-from proxy.shape import ClaimedRange, Shape
+from proxy.shape import ClaimedRange, MemoryRegion, Shape
+from proxy.upcalls import (
+    DWORD,
+    EMPTY,
+    ExitRequest,
+    InputWanted,
+    IrqLevel,
+    LastWords,
+    Log,
+    Msi,
+    Output,
+    WantTurn,
+    WrotePages,
+)
 
-_EMPTY = struct.Struct("<B")
-_DWORD = struct.Struct("<B3xI")
 _TWO_DWORDS = struct.Struct("<B3xII")
-_DWORD_QWORD = struct.Struct("<B3xIQ")
 
 
 def _check_length(length: int, most: int) -> None:
@@ -41,7 +51,7 @@ class Ok(Message, frozen=True):
     """Done."""
 
     opcode = 0x40
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Refused(TextMessage, frozen=True):
@@ -74,7 +84,7 @@ class ReadConfigResult(Message, frozen=True):
     """The dword of a config register."""
 
     opcode = 0x44
-    layout = _DWORD
+    layout = DWORD
     value: int
 
 
@@ -97,7 +107,7 @@ class ReadVirtualConfigResult(Message, frozen=True):
     """The value of a virtual config register."""
 
     opcode = 0x47
-    layout = _DWORD
+    layout = DWORD
     value: int
 
 
@@ -120,7 +130,7 @@ class InputResult(Message, frozen=True):
     """How many leading bytes of the input the device took."""
 
     opcode = 0x4A
-    layout = _DWORD
+    layout = DWORD
     accepted: int
 
 
@@ -132,7 +142,7 @@ class Activate(Message, frozen=True):
 
     opcode = 0x01
     reply = Activated
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Read(Message, frozen=True):
@@ -170,12 +180,19 @@ class Write(Message, frozen=True):
         _check_length(self.length, 8)
 
 
+class SyncedWrite(Write, frozen=True):
+    """As `Write`, but answered: the device has had the turn that the write led to."""
+
+    opcode = 0x14
+    reply = Ok
+
+
 class ReadConfig(Message, frozen=True):
     """Read one dword of configuration space."""
 
     opcode = 0x04
     reply = ReadConfigResult
-    layout = _DWORD
+    layout = DWORD
     register: int
 
 
@@ -213,7 +230,7 @@ class ReadVirtualConfig(Message, frozen=True):
 
     opcode = 0x07
     reply = ReadVirtualConfigResult
-    layout = _DWORD
+    layout = DWORD
     register: int
 
 
@@ -231,7 +248,7 @@ class DestroyDevice(Message, frozen=True):
     """The device goes away (hot-unplug), its process stays in its loop; posted."""
 
     opcode = 0x09
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Shutdown(Message, frozen=True):
@@ -239,7 +256,7 @@ class Shutdown(Message, frozen=True):
 
     opcode = 0x0A
     reply = Ok
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class GetRanges(Message, frozen=True):
@@ -247,7 +264,7 @@ class GetRanges(Message, frozen=True):
 
     opcode = 0x0B
     reply = Ranges
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Snapshot(Message, frozen=True):
@@ -256,7 +273,7 @@ class Snapshot(Message, frozen=True):
     opcode = 0x0C
     reply = SnapshotResult
     refusable = True
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Restore(Message, frozen=True):
@@ -275,7 +292,7 @@ class Sleep(Message, frozen=True):
     opcode = 0x0E
     reply = Ok
     refusable = True
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Wake(Message, frozen=True):
@@ -284,7 +301,7 @@ class Wake(Message, frozen=True):
     opcode = 0x0F
     reply = Ok
     refusable = True
-    layout = _EMPTY
+    layout = EMPTY
 
 
 class Input(PayloadMessage, frozen=True):
@@ -295,11 +312,22 @@ class Input(PayloadMessage, frozen=True):
 
 
 class Sync(Message, frozen=True):
-    """Answer once everything before this was done: a barrier that changes nothing."""
+    """Answer once everything before this was done, and the device has had the turn it wants.
+
+    A barrier that changes nothing if it wants none.
+    """
 
     opcode = 0x13
     reply = Ok
-    layout = _EMPTY
+    layout = EMPTY
+
+
+class MapGuestMemory(Message, frozen=True):
+    """This is guest memory; one descriptor of it travels with the message. Only for DMA."""
+
+    opcode = 0x15
+    reply = Ok
+    regions: tuple[MemoryRegion, ...]
 
 
 class LaneOpen(Message, frozen=True):
@@ -315,74 +343,7 @@ class LaneClose(Message, frozen=True):
     """Finish what is in the shared page; accesses come through the tube again; posted."""
 
     opcode = 0x12
-    layout = _EMPTY
-
-
-# Upcalls.
-
-
-class IrqLevel(Message, frozen=True):
-    """Drive an interrupt line."""
-
-    opcode = 0x80
-    layout = struct.Struct("<B?B")
-    level: bool
-    pin: int
-
-
-class Msi(Message, frozen=True):
-    """A message-signalled interrupt."""
-
-    opcode = 0x81
-    layout = _DWORD_QWORD
-    data: int
-    address: int
-
-
-class WrotePages(Message, frozen=True):
-    """`count` guest pages of 4 KiB from page number `first` were written."""
-
-    opcode = 0x82
-    layout = _DWORD_QWORD
-    count: int
-    first: int
-
-    def __post_init__(self) -> None:
-        if self.first + self.count > 1 << 52:
-            raise ValueError("pages past the end of the address space")
-
-
-class Log(TextMessage, frozen=True):
-    """One line for the machine's log."""
-
-    opcode = 0x83
-
-
-class Output(PayloadMessage, frozen=True):
-    """Bytes for the outside world."""
-
-    opcode = 0x84
-
-
-class InputWanted(Message, frozen=True):
-    """There is room for input again."""
-
-    opcode = 0x85
-    layout = _EMPTY
-
-
-class ExitRequest(Message, frozen=True):
-    """End the run with this guest exit value."""
-
-    opcode = 0x86
-    layout = struct.Struct("<B7xQ")
-    value: int
-
-
-class LastWords(TextMessage, frozen=True):
-    """Why the process is about to end by itself."""
-
-    opcode = 0x87
+    layout = EMPTY
 
 
 _ALL = [each for each in globals().values() if isinstance(each, type) and issubclass(each, Message)]
@@ -397,4 +358,22 @@ REPLIES = _table(0x40, 0x80)
 UPCALLS = _table(0x80, 0x100)
 FROM_CHILD: Mapping[int, type[Message]] = {**REPLIES, **UPCALLS}
 
-__all__ = ["MAX_BYTES", "MAX_MESSAGE", "MAX_TEXT", "ClaimedRange", "Message", "Shape", "decode"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_MESSAGE",
+    "MAX_TEXT",
+    "ClaimedRange",
+    "ExitRequest",
+    "InputWanted",
+    "IrqLevel",
+    "LastWords",
+    "Log",
+    "MemoryRegion",
+    "Message",
+    "Msi",
+    "Output",
+    "Shape",
+    "WantTurn",
+    "WrotePages",
+    "decode",
+]

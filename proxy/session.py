@@ -26,9 +26,11 @@ class State(enum.Enum):
 _KEEP_ACTIVE: tuple[type[m.Message], ...] = (
     m.Read,
     m.Write,
+    m.SyncedWrite,
     m.ReadConfig,
     m.WriteConfig,
     m.InitPciConfigMapping,
+    m.MapGuestMemory,
     m.ReadVirtualConfig,
     m.WriteVirtualConfig,
     m.GetRanges,
@@ -52,6 +54,7 @@ _KEEP_ASLEEP: tuple[type[m.Message], ...] = (
 _KEEP_DESTROYED: tuple[type[m.Message], ...] = (
     m.Read,
     m.Write,
+    m.SyncedWrite,
     m.ReadConfig,
     m.WriteConfig,
     m.ReadVirtualConfig,

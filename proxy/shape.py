@@ -22,6 +22,21 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_pci: bool = False
     bars: tuple[BarInfo, ...] = ()
     takes_input: bool = False
+    dma: bool = False
+
+
+class MemoryRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stretch of guest memory.
+
+    Attributes:
+        start: guest-physical address.
+        size: in bytes; like the others a multiple of 4 KiB.
+        offset: where it begins in the descriptor that comes with it.
+    """
+
+    start: int
+    size: int
+    offset: int
 
 
 class ClaimedRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

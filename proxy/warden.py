@@ -147,12 +147,22 @@ class Warden:
         *,
         factory: int | None = None,
         fds: Mapping[str, int] | None = None,
+        guest_memory: int = 0,
+        finish_work: bool = False,
     ) -> ChildInterface:
         """Start a device process; it is in its jail when this returns.
 
         Args and raises: as `order`, and as `Start.wait`.
         """
-        return self.order(name, model, options, factory=factory, fds=fds).wait()
+        return self.order(
+            name,
+            model,
+            options,
+            factory=factory,
+            fds=fds,
+            guest_memory=guest_memory,
+            finish_work=finish_work,
+        ).wait()
 
     def order(
         self,
@@ -162,6 +172,8 @@ class Warden:
         *,
         factory: int | None = None,
         fds: Mapping[str, int] | None = None,
+        guest_memory: int = 0,
+        finish_work: bool = False,
     ) -> Start:
         """Have a device process started; several that were ordered start side by side.
 
@@ -171,6 +183,8 @@ class Warden:
             options: text or plain values.
             factory: index of what builds the device instead.
             fds: descriptors for the device; duplicated, the caller keeps its own.
+            guest_memory: bytes of it that the device may map later, if it does DMA.
+            finish_work: see `devices.dma.Turns`.
 
         Raises:
             UserError: too many descriptors, or no such factory.
@@ -185,7 +199,9 @@ class Warden:
             self._take_answer()
         if self._closed or self.dead:
             raise DeviceError(name, "cannot be started: the warden is gone")
-        order = SpawnOrder(name, model, dict(options), factory, list(fds))
+        order = SpawnOrder(
+            name, model, dict(options), factory, list(fds), guest_memory, finish_work
+        )
         try:
             self._control.send(msgspec.json.encode(order), list(fds.values()))
         except TubeClosed as error:

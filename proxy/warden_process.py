@@ -42,13 +42,19 @@ CLOSE_GRACE = 2.0
 
 
 class SpawnOrder(msgspec.Struct, frozen=True, tag="spawn"):
-    """Start a device; its descriptors travel with the message, in the order of `fd_names`."""
+    """Start a device; its descriptors travel with the message, in the order of `fd_names`.
+
+    `guest_memory` is how many bytes of it a device with DMA will map; `finish_work`: see
+    `devices.dma.Turns`.
+    """
 
     name: str
     model: str
     options: dict[str, Any]
     factory: int | None
     fd_names: list[str]
+    guest_memory: int = 0
+    finish_work: bool = False
 
 
 class CloseAll(msgspec.Struct, frozen=True, tag="close"):
@@ -223,7 +229,8 @@ class _Warden:
         if factory is None:
             self._import(order.model)
         given = dict(zip(order.fd_names, fds, strict=True))
-        build = launch.Order(order.name, order.model, order.options, factory, given)
+        name, memory, finishes = order.name, order.guest_memory, order.finish_work
+        build = launch.Order(name, order.model, order.options, factory, given, memory, finishes)
         here, there = pair()
         setup_here, setup_there = pair()
         opened: list[int] = []

@@ -114,6 +114,9 @@ class Upcalls:
     def wrote_pages(self, name: str, first: int, count: int) -> None:
         self.host.wrote_pages(first, count)
 
+    def want_turn(self, name: str) -> None:
+        self.host.calls.append(("want_turn",))
+
     def output(self, name: str, data: bytes) -> None:
         self.host.output(data)
 

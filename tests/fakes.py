@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from devices.dma import GuestMemory, Turns
+
 
 class FakeHost:
     """A `DeviceHost` that keeps what it was asked, in order.
@@ -13,13 +15,31 @@ class FakeHost:
         calls: (method name, arguments...) of each call.
         lines: the level of each interrupt pin that was driven.
         printed: all output.
+        turns: whose turn it is; its `memory` has the RAM that `ram` gave it.
     """
 
-    def __init__(self, fds: Mapping[str, int] | None = None) -> None:
+    def __init__(self, fds: Mapping[str, int] | None = None, *, finish_work: bool = False) -> None:
         self.fds: Mapping[str, int] = fds or {}
         self.calls: list[tuple[Any, ...]] = []
         self.lines: dict[int, bool] = {}
         self.printed = bytearray()
+        self.turns = Turns(self.wrote_pages, lambda: self.calls.append(("want_turn",)), finish_work)
+
+    def ram(self, size: int, start: int = 0) -> bytearray:
+        """Give it this much guest RAM, which the test can look at."""
+        memory = bytearray(size)
+        self.turns.memory.map([(start, memoryview(memory))])
+        return memory
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.turns.memory
+
+    def want_turn(self) -> None:
+        self.turns.want_turn()
+
+    def want_work(self) -> None:
+        self.turns.want_work()
 
     @property
     def irq(self) -> bool:

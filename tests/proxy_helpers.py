@@ -39,6 +39,9 @@ class Recorder:
     def wrote_pages(self, name: str, first: int, count: int) -> None:
         self.seen.append(("pages", first, count))
 
+    def want_turn(self, name: str) -> None:
+        self.seen.append(("turn",))
+
     def output(self, name: str, data: bytes) -> None:
         self.text += data
         self.seen.append(("output", data))

@@ -25,6 +25,8 @@ SAMPLES: list[m.Message] = [
     m.Activate(),
     m.Read(8, 1, 2, 3, 1 << 63),
     m.Write(1, 255, 0xFFFF_FFFF, 0, 5, (1 << 64) - 1),
+    m.SyncedWrite(8, 0, 1, 2, 3, 4),
+    m.MapGuestMemory((m.MemoryRegion(0, 4096, 0), m.MemoryRegion(1 << 32, 8192, 4096))),
     m.ReadConfig(63),
     m.WriteConfig(1, 3, 4, b"abc\0"),
     m.InitPciConfigMapping(0, 256),
@@ -60,6 +62,7 @@ SAMPLES: list[m.Message] = [
     m.InputWanted(),
     m.ExitRequest(1 << 40),
     m.LastWords("farewell"),
+    m.WantTurn(),
 ]
 
 

@@ -20,7 +20,6 @@ from proxy.jail import JailMode
 from proxy.machine_lane import BURST
 from proxy.placement import Seat
 from proxy.warden import Warden
-from vmm.attachment import SyncedHandler
 
 pytestmark = pytest.mark.skipif(not lane.supported(), reason="no lane on this host")
 
@@ -360,17 +359,21 @@ def test_sync_waits_for_what_was_posted(
 
 @pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])
 def test_an_interrupt_of_a_synced_write_is_there_when_it_returns(
-    device: ProxyDevice, events: Recorder, shared: bool
+    warden: Warden, events: Recorder, shared: bool, seat: Seat
 ) -> None:
-    handler = SyncedHandler(device.handlers()[0], device.sync)
-    for value in range(50):
-        if shared:
-            device.lane.open()
-        handler.write(Probe.IRQ, 1, value & 1)
-        assert events.seen[-1] == ("irq", 2, bool(value & 1))
-        assert len(events.seen) == value + 1
-    handler.write(0, 4, 77)
-    assert handler.read(0, 4) == 77
+    child = warden.spawn("synced", "probe", {}, factory=0)
+    with ProxyDevice(child, events, placement=Only(seat), deadline=20, synced=True) as device:
+        (handler,) = device.handlers()
+        for value in range(50):
+            if shared:
+                device.lane.open()
+            handler.write(Probe.IRQ, 1, value & 1)
+            assert events.seen[-1] == ("irq", 2, bool(value & 1))
+            assert len(events.seen) == value + 1
+        handler.write(0, 4, 77)
+        assert handler.read(0, 4) == 77
+        assert bool(device.stats().lane_accesses) >= shared
+    assert not events.failures
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["tube", "lane"])

@@ -25,9 +25,11 @@ COMMANDS: list[m.Message] = [
     m.Activate(),
     m.Read(4, 0, 0, 0, 0),
     m.Write(4, 0, 0, 0, 0, 5),
+    m.SyncedWrite(4, 0, 0, 0, 0, 5),
     m.ReadConfig(0),
     m.WriteConfig(0, 4, 1, bytes(4)),
     m.InitPciConfigMapping(0, 256),
+    m.MapGuestMemory((m.MemoryRegion(0, 4096, 0),)),
     m.ReadVirtualConfig(0),
     m.WriteVirtualConfig(0, 1),
     m.DestroyDevice(),
@@ -48,9 +50,11 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
     m.Activate: m.Activated,
     m.Read: m.ReadResult,
     m.Write: None,
+    m.SyncedWrite: m.Ok,
     m.ReadConfig: m.ReadConfigResult,
     m.WriteConfig: m.WriteConfigResult,
     m.InitPciConfigMapping: m.MappingResult,
+    m.MapGuestMemory: m.Ok,
     m.ReadVirtualConfig: m.ReadVirtualConfigResult,
     m.WriteVirtualConfig: m.Ok,
     m.DestroyDevice: None,
@@ -66,10 +70,10 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
     m.LaneClose: None,
 }
 
-NOT_AWAKE = {m.Activate, m.Read, m.Write, m.WriteConfig, m.ReadVirtualConfig}
-NOT_AWAKE |= {m.WriteVirtualConfig, m.Input, m.Sync, m.LaneOpen}
+NOT_AWAKE = {m.Activate, m.Read, m.Write, m.SyncedWrite, m.WriteConfig, m.ReadVirtualConfig}
+NOT_AWAKE |= {m.WriteVirtualConfig, m.MapGuestMemory, m.Input, m.Sync, m.LaneOpen}
 NOT_THERE = {m.Activate, m.InitPciConfigMapping, m.Snapshot, m.Restore, m.Sleep, m.Wake}
-NOT_THERE |= {m.Input, m.LaneOpen}
+NOT_THERE |= {m.MapGuestMemory, m.Input, m.LaneOpen}
 FORBIDDEN: dict[State, set[type[m.Message]]] = {
     State.NEW: set(ANSWERS) - {m.Activate},
     State.ACTIVE: {m.Activate},
@@ -141,10 +145,10 @@ class Rig:
             end.close()
 
     def say(self, command: m.Message) -> None:
-        if not isinstance(command, m.InitPciConfigMapping):
+        if not isinstance(command, (m.InitPciConfigMapping, m.MapGuestMemory)):
             self.tube.send(command.encode())
             return
-        fd = lane.create_sealed("config", 256)
+        fd = lane.create_sealed("memory", 4096)
         self.tube.send(command.encode(), [fd])
         os.close(fd)
 

@@ -13,7 +13,7 @@ from devices.contract import Device, Region
 from devices.echo import Echo
 from devices.errors import DeviceError, DeviceFailure
 from devices.irqchip.pc import IrqChip
-from vmm.attachment import Attachment, SyncedHandler
+from vmm.attachment import Attachment
 from vmm.config import DeviceConfig
 from vmm.cpu.engine import Cpu
 from vmm.machine import Machine
@@ -111,32 +111,6 @@ def test_log_lines_from_before_somebody_listened_are_told(board: Board) -> None:
     board.wiring.log("echo", "late")
     assert heard == [("pci", "early"), ("echo", "late")]
     assert board.wiring.log_lines == heard
-
-
-def test_with_waiting_writes_an_interrupt_pends_when_the_write_returns(board: Board) -> None:
-    """What a virtual clock relies on: see `SyncedHandler`."""
-    board.attach("slow", 5)
-    waiting: list[int] = []
-
-    class Posted:
-        """A device process: writes wait in its tube until somebody asks for something."""
-
-        def read(self, offset: int, size: int) -> int:
-            return 7
-
-        def write(self, offset: int, size: int, value: int) -> None:
-            waiting.append(value)
-
-    def sync() -> None:
-        while waiting:
-            board.wiring.irq("slow", 0, bool(waiting.pop(0)))
-
-    handler = SyncedHandler(Posted(), sync)
-    handler.write(0, 1, 1)
-    assert board.levels == {5: True}
-    handler.write(0, 1, 0)
-    assert board.levels == {5: False}
-    assert handler.read(0, 1) == 7
 
 
 # Attachments.

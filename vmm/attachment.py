@@ -1,8 +1,6 @@
 """Devices as the machine sees them: in a jailed process or in its own, driven in the same way.
 
-`Attachment` is one configured device with its place on the buses. `LocalHost` is what a device
-in the machine's own process gets as its `DeviceHost`; for a jailed one `ProxyDevice` reports the
-same events by the same names.
+`Attachment` is one configured device with its place on the buses.
 
 A device in the machine's own process is trusted: what it raises in its life (sleep, snapshot, ...)
 becomes a `DeviceError` with its name, but what it raises in an access comes up through the engine
@@ -15,67 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
-from devices import registry
 from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
-from devices.contract import Device, DeviceHost, Region, TakesInput
-from devices.errors import DeviceError, DeviceFailure, UserError
+from devices.contract import Region, TakesInput
+from devices.errors import DeviceError, UserError
 from devices.pci.contract import BarInfo, PciConfig
 from proxy.device import ProxyDevice
 from proxy.shape import Shape, wrong_shape
 from vmm.config import DeviceConfig
+from vmm.local import LocalTurns
 
-DeviceFactory = Callable[[DeviceHost], Device]
 _T = TypeVar("_T")
-
-
-class DeviceEvents(Protocol):
-    """What a device, local or proxied, tells the machine; always on the vCPU thread."""
-
-    def irq(self, name: str, pin: int, level: bool) -> None: ...
-
-    def msi(self, name: str, address: int, data: int) -> None: ...
-
-    def wrote_pages(self, name: str, first: int, count: int) -> None: ...
-
-    def output(self, name: str, data: bytes) -> None: ...
-
-    def input_wanted(self, name: str) -> None: ...
-
-    def exit_request(self, name: str, value: int) -> None: ...
-
-    def log(self, name: str, text: str) -> None: ...
-
-    def failed(self, failure: DeviceFailure) -> None: ...
-
-
-class LocalHost:
-    """The `DeviceHost` of a device that lives in the machine's own process."""
-
-    def __init__(self, name: str, events: DeviceEvents, fds: Mapping[str, int]) -> None:
-        self._name = name
-        self._events = events
-        self.fds = fds
-
-    def set_irq(self, level: bool, pin: int = 0) -> None:
-        self._events.irq(self._name, pin, level)
-
-    def send_msi(self, address: int, data: int) -> None:
-        self._events.msi(self._name, address, data)
-
-    def wrote_pages(self, first: int, count: int) -> None:
-        self._events.wrote_pages(self._name, first, count)
-
-    def output(self, data: bytes) -> None:
-        self._events.output(self._name, data)
-
-    def input_wanted(self) -> None:
-        self._events.input_wanted(self._name)
-
-    def request_exit(self, value: int) -> None:
-        self._events.exit_request(self._name, value)
-
-    def log(self, message: str) -> None:
-        self._events.log(self._name, message)
 
 
 class Driven(Protocol):
@@ -94,23 +41,6 @@ class Driven(Protocol):
     def restore(self, saved: Any) -> None: ...
 
 
-class SyncedHandler:
-    """A region whose writes are not posted: the guest goes on when the device has done them.
-
-    With a virtual clock what a write leads to (an interrupt) must come at the same instruction in
-    every run, however fast the device process is.
-    """
-
-    def __init__(self, handler: BusDevice, sync: Callable[[], None]) -> None:
-        self.read = handler.read
-        self._write = handler.write
-        self._sync = sync
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        self._write(offset, size, value)
-        self._sync()
-
-
 @dataclass
 class Attachment:
     """One configured device.
@@ -122,6 +52,7 @@ class Attachment:
         slot: PCI device number, for a PCI function.
         irq: the ISA line of its pin, if any.
         placed: the ranges that were put on the buses for it at build time.
+        local: what a device in this process has that its model does not see; None for a proxy.
     """
 
     config: DeviceConfig
@@ -130,9 +61,12 @@ class Attachment:
     slot: int | None = None
     irq: int | None = None
     placed: list[tuple[BusType, Range]] = field(default_factory=list)
+    local: LocalTurns | None = None
 
     def __post_init__(self) -> None:
         self.handlers = self.handlers or self._asked("handlers", self.device.handlers)
+        if self.local is not None:
+            self.handlers = self.local.handlers(self.handlers, self.regions())
 
     @property
     def name(self) -> str:
@@ -142,9 +76,13 @@ class Attachment:
 
     def sleep(self) -> None:
         self._asked("sleep", self.device.sleep)
+        if self.local is not None:
+            self.local.sleep()
 
     def wake(self) -> None:
         self._asked("wake", self.device.wake)
+        if self.local is not None:
+            self.local.wake()
 
     def snapshot(self) -> Any:
         return self._asked("snapshot", self.device.snapshot)
@@ -228,27 +166,3 @@ class Attachment:
         if self.irq is None:
             lines = [region.irq for region in fixed if region.irq is not None]
             self.irq = self.config.irq if self.config.irq is not None else next(iter(lines), None)
-
-
-def build_local(
-    config: DeviceConfig,
-    events: DeviceEvents,
-    factory: DeviceFactory | None,
-    fds: Mapping[str, int],
-) -> Device:
-    """A device in the machine's own process.
-
-    Raises:
-        UserError: unknown model or options.
-        DeviceError: the model's constructor failed.
-    """
-    host = LocalHost(config.name, events, fds)
-    try:
-        if factory is not None:
-            return factory(host)
-        model = registry.load(config.model)
-        return model(host, registry.parse_options(model, config.options))
-    except (UserError, DeviceError):
-        raise
-    except Exception as error:
-        raise DeviceError(config.name, f"cannot be built: {error!r}") from error

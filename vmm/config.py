@@ -195,8 +195,6 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     Raises:
         UserError: the text is not of that form, or the model lacks such an option.
     """
-    from devices import registry
-
     model, *pairs = text.split(",")
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -206,30 +204,48 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
         if key in options:
             raise UserError(f"--device {text}: option '{key}' is given twice")
         options[key] = value
-    isolation = options.pop("isolation", "jail")
+    return device_from(f"--device {text}", model, options, taken)
+
+
+def device_from(
+    where: str, model: str, options: Mapping[str, Any], taken: Iterable[str]
+) -> DeviceConfig:
+    """A device from its model and the options that a user gave, as text or as plain values.
+
+    Args:
+        where: begins the message of what is wrong with the general options.
+        taken: as in `parse_device`.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    from devices import registry
+
+    own = dict(options)
+    isolation = own.pop("isolation", "jail")
     if isolation not in ("jail", "none"):
-        raise UserError(f"--device {text}: isolation is 'jail' or 'none', not '{isolation}'")
-    general = {key: _number(text, key, options) for key in ("addr", "irq", "slot")}
-    name = options.pop("name", None) or _free_name(model, taken)
-    registry.parse_options(registry.load(model), options)
+        raise UserError(f"{where}: isolation is 'jail' or 'none', not '{isolation}'")
+    general = {key: _number(where, key, own) for key in ("addr", "irq", "slot")}
+    name = own.pop("name", None) or _free_name(model, taken)
+    registry.parse_options(registry.load(model), own)
     return DeviceConfig(
         name,
         model,
-        options,
+        own,
         isolated=isolation == "jail",
         may_exit=model == "debug-exit",
         **general,
     )
 
 
-def _number(text: str, key: str, options: dict[str, Any]) -> int | None:
+def _number(where: str, key: str, options: dict[str, Any]) -> int | None:
     value = options.pop(key, None)
-    if value is None:
-        return None
+    if value is None or type(value) is int:
+        return value
     try:
         return int(value, 0)
-    except ValueError:
-        raise UserError(f"--device {text}: {key}={value} is not a number") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: {key}={value} is not a number") from None
 
 
 def _free_name(model: str, taken: Iterable[str]) -> str:

@@ -27,7 +27,6 @@ from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.jail import JailMode
 from vmm import saving, sources
 from vmm import snapshot as snapshots
-from vmm.attachment import DeviceFactory
 from vmm.boot import firmware
 from vmm.boot.loader import load
 from vmm.boot.options import BootOptions, BootResult
@@ -49,6 +48,7 @@ from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
 from vmm.firmware.mptable import build_mptable
 from vmm.firmware.platform import Platform
 from vmm.interrupt import noted_signals
+from vmm.local import DeviceFactory
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts

@@ -11,18 +11,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from devices.errors import UserError
+from proxy.device import GuestRam
+from proxy.shape import MemoryRegion
 
 PAGE = 4096
 LOW_LIMIT = 0xC000_0000
 HIGH_START = 1 << 32
 MAX_SIZE = 64 << 30
 MAX_ROM = 16 << 20
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class AddressError(ValueError):
@@ -81,9 +85,11 @@ class GuestMemory:
             )
         self.size = size
         self.file_size = total = size + rom
-        self.fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, total)
+            # A device that got it must not be able to take it from under the machine.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
             self._map = mmap.mmap(self.fd, total)
         except (OSError, OverflowError) as error:
             os.close(self.fd)
@@ -123,6 +129,11 @@ class GuestMemory:
             self._map.close()
         os.close(self.fd)
         self.fd = -1
+
+    def for_devices(self) -> GuestRam:
+        """What a device process with DMA may map: the RAM, and no ROM."""
+        regions = tuple(MemoryRegion(r.start, r.size, r.offset) for r in self.ram)
+        return GuestRam(self.fd, regions)
 
     def window(self, address: int, length: int) -> memoryview:
         """The bytes of a guest-physical range, writable in place.

@@ -15,33 +15,34 @@ from devices import registry
 from devices.bus import ALL_ONES, Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.pci.contract import PciConfig
-from devices.pci.intx import Slot
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
-from proxy.jail import JailMode, JailUnavailable
 from proxy.placement import Placement
-from proxy.warden import Start, Warden
-from vmm.attachment import Attachment, DeviceFactory, SyncedHandler, build_local
+from proxy.tube import close_all
+from vmm.attachment import Attachment
+from vmm.children import files_for, may_map_memory, order_children
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
 from vmm.events import FAR, EventLoop, Timer
+from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
+from vmm.slots import plug_in
+from vmm.turns import TurnGiver
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
+LONG_DRAIN = 1e-3
+"""Seconds of listening to one device after which the guest runs for as long."""
 LOOKS = 4
 """Looks within a deadline at whether devices do what was posted to them."""
 PCI_MMIO_TOP = 0xFEC0_0000
 """Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
 PHYSICAL_LIMIT = 1 << 40
 """The guest's physical address space: 40 bits."""
-DEBUG_EXIT = "debug-exit"
-"""The one model that needs no process: all it can do is end the machine."""
 VIRTUAL_EPOCH = 1_767_225_600
 """The time of day at which a machine with a virtual clock starts: 2026-01-01 00:00 UTC."""
 
@@ -101,7 +102,10 @@ class Parts:
         between: Callable[[], None],
         meanwhile: Callable[[GuestMemory], None],
     ) -> None:
-        starts = self._order_children(factories)
+        children = order_children(self.config, self.host, factories)
+        self.warden, self.jail_line = children.warden, children.jail_line
+        self.files = children.files
+        self._stack.callback(self.warden.close)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
@@ -116,68 +120,18 @@ class Parts:
         self._build_platform(between)
         meanwhile(self.memory)
         for device in self.config.devices:
-            start = starts.get(device.name)
+            start, factory = children.starts.get(device.name), factories.get(device.name)
             if start is None:
-                local = build_local(device, self.wiring, factories.get(device.name), {})
-                self._stack.callback(self._close_local, device.name, local)
-                self._attach(device, local)
+                self._attach_local(device, factory)
             else:
-                self._attach(device, self._activate(start.wait()))
+                proxy = self._activate(start.wait(), may_map_memory(device, factory))
+                self._attach(device, Attachment(device, proxy))
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
         )
 
     # Building.
-
-    def _order_children(self, factories: Mapping[str, DeviceFactory]) -> dict[str, Start]:
-        """The device processes, by device name, which start from now on while we build the rest.
-
-        The warden is there even if there is none yet.
-        """
-        own = [name for name in factories if self._is_isolated(name)]
-        unjailed = self._without_process()
-        if unjailed and self.host.jail is JailMode.STRICT:
-            raise JailUnavailable(
-                f"--jail=strict cannot be had: without a process of their own are {unjailed}; "
-                "give them isolation=jail",
-                (),
-            )
-        for device in self.config.devices:
-            if device.isolated and device.model in registry.MODELS:
-                registry.load(device.model)  # once in this process: each warden inherits it
-        self.warden = Warden(
-            [factories[name] for name in own], jail=self.host.jail, deadline=self.host.deadline
-        )
-        self._stack.callback(self.warden.close)
-        lines = [self.warden.plan.one_line()]
-        if unjailed:
-            lines.append(
-                f"jail: none for {unjailed} (isolation=none): no process of their own, "
-                "all the rights of this user"
-            )
-        self.jail_line = "\n".join(line for line in lines if line)
-        return {
-            device.name: self.warden.order(
-                device.name,
-                device.model,
-                device.options,
-                factory=own.index(device.name) if device.name in own else None,
-            )
-            for device in self.config.devices
-            if device.isolated
-        }
-
-    def _is_isolated(self, name: str) -> bool:
-        return any(device.name == name and device.isolated for device in self.config.devices)
-
-    def _without_process(self) -> str:
-        """The devices that no jail holds, apart from the debug-exit port."""
-        return ", ".join(
-            f"'{device.name}'"
-            for device in self.config.devices
-            if not device.isolated and device.model != DEBUG_EXIT
-        )
 
     def _build_platform(self, between: Callable[[], None]) -> None:
         """Clock, board and vCPU loop, which live in this process."""
@@ -211,6 +165,8 @@ class Parts:
             ),
             epoch=epoch,
         )
+        self.turns = TurnGiver(self.clock, self.request_attention)
+        self.wiring.turn_wanted = self.turns.want
         self.pci = self.wiring.pci = self.board.pci
         self.wiring.irqchip = self.board.irqchip
         self.placement = Placement(lanes=self.host.fast_lane)
@@ -219,7 +175,7 @@ class Parts:
             self.events,
             self.board.irqchip,
             self.clock,
-            between=between,
+            between=lambda: self._between(between),
             crash_report=self._crash_report,
         )
 
@@ -227,64 +183,64 @@ class Parts:
         """The time-stamp counter runs at 1 GHz, so that it is guest time."""
         return self.clock.now()
 
-    def _activate(self, child: ChildInterface) -> ProxyDevice:
+    def _activate(self, child: ChildInterface, dma: bool) -> ProxyDevice:
         proxy = ProxyDevice(
-            child, self.wiring, deadline=self.host.deadline, placement=self.placement
+            child,
+            self.wiring,
+            deadline=self.host.deadline,
+            placement=self.placement,
+            memory=self.memory.for_devices() if dma else None,
+            synced=self.config.clock is ClockKind.VIRTUAL,
         )
         self._stack.callback(proxy.shutdown)
         proxy.watch_writes(self._posted)
         proxy.give_up_when(lambda: monotonic() >= self.patience_ends)
         self.proxies.append(proxy)
+        self.turns.add(proxy.name, proxy.sync)
         self.events.add(proxy.doorbell, lambda: self._rung(proxy))
         self.events.add(proxy.pidfd, lambda: self._ended(proxy))
         return proxy
 
-    def _attach(self, device: DeviceConfig, driven: Device | ProxyDevice) -> None:
-        attachment = Attachment(device, driven)
-        if isinstance(driven, ProxyDevice) and self.config.clock is ClockKind.VIRTUAL:
-            attachment.handlers = [SyncedHandler(h, driven.sync) for h in driven.handlers()]
+    def _attach_local(self, device: DeviceConfig, factory: DeviceFactory | None) -> None:
+        virtual = self.config.clock is ClockKind.VIRTUAL
+        fds = files_for(device, factory)
+        self._stack.callback(close_all, list(fds.values()))
+        host = LocalHost(device.name, self.wiring, fds, finish_work=virtual)
+        local = build_local(device, host, factory)
+        self._stack.callback(self._close_local, device.name, local)
+        if local.dma:
+            host.turns.memory.map([(region.start, region.view) for region in self.memory.ram])
+        turns = LocalTurns(local, host.turns, self.events)
+        self._stack.callback(turns.sleep)
+        self.turns.add(device.name, turns.take)
+        self._attach(device, Attachment(device, local, local=turns))
+
+    def _attach(self, device: DeviceConfig, attachment: Attachment) -> None:
         function = attachment.pci_function()
         if device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")
         if function is not None:
-            self._plug_in(attachment, function)
+            plug_in(self.pci, attachment, function, self.config)
         elif device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
         attachment.place(self.buses)
         self.attachments.append(attachment)
         self.wiring.attached[device.name] = attachment
 
-    def _plug_in(self, attachment: Attachment, function: PciConfig) -> None:
-        device = attachment.config
-        if device.irq is not None:
-            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
-        attachment.slot = slot = self._free_slot(device)
-        attachment.regions()  # that they can be is looked at before they are used
-        bars = attachment.bars()
-        try:
-            self.pci.add(Slot(slot), function, device.name, attachment.handlers, bars)
-        except ValueError as error:
-            raise DeviceError(device.name, f"cannot be plugged in: {error}") from error
-
-    def _free_slot(self, device: DeviceConfig) -> int:
-        taken = {slot.device: owner for slot, owner in self.pci.slots()}
-        wished = {other.slot for other in self.config.devices if other is not device}
-        if device.slot is None:
-            for number in range(1, 32):
-                if number not in taken and number not in wished:
-                    return number
-            raise UserError(f"device '{device.name}': all 31 PCI slots are taken")
-        if device.slot in taken:
-            raise UserError(
-                f"device '{device.name}': slot {device.slot} is taken by '{taken[device.slot]}'"
-            )
-        return device.slot
-
     # What the parts tell each other.
 
     def _rung(self, proxy: ProxyDevice) -> None:
-        if proxy.drain():
-            self.request_attention()  # a bounded number at a time: others want their turn
+        begin = monotonic()
+        more = proxy.drain()
+        took = monotonic() - begin
+        if more or took > LONG_DRAIN:
+            # Whoever says that much is not heard again before the guest had as much time.
+            self.events.remove(proxy.doorbell)
+            self.events.call_at(begin + 2 * took, lambda: self._listen_again(proxy))
+
+    def _listen_again(self, proxy: ProxyDevice) -> None:
+        self.events.add(proxy.doorbell, lambda: self._rung(proxy))
+        self._rung(proxy)
 
     def _posted(self) -> None:
         """A device was given something to do without an answer: look later whether it is done.
@@ -310,6 +266,11 @@ class Parts:
     def _ended(self, proxy: ProxyDevice) -> None:
         self.events.remove(proxy.pidfd)
         proxy.check()
+
+    def _between(self, between: Callable[[], None]) -> None:
+        if not self.vcpu.suspended:
+            self.turns.give(self.cpu.halted)
+        between()
 
     def request_attention(self) -> None:
         """Have the vCPU loop come back and look, soon."""

@@ -26,10 +26,11 @@ from devices.platform.post import PostPort
 from devices.platform.reset import ResetControl
 from devices.platform.rtc import Rtc
 from devices.platform.vga_text import VgaText
-from vmm.attachment import Attachment, LocalHost
+from vmm.attachment import Attachment
 from vmm.config import DeviceConfig
 from vmm.firmware import fw_cfg_items
 from vmm.firmware.platform import Platform
+from vmm.local import LocalHost
 from vmm.memory import GuestMemory
 from vmm.wiring import Wiring
 

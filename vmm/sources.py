@@ -11,9 +11,9 @@ import guests
 from devices import registry
 from devices.contract import Device, DeviceHost
 from devices.errors import UserError
-from vmm.attachment import DeviceFactory
 from vmm.boot.options import BootOptions, Mode
 from vmm.config import MachineConfig
+from vmm.local import DeviceFactory, ModelFactory
 
 
 def model_and_factory(
@@ -29,8 +29,7 @@ def model_and_factory(
         return model, None
     if isinstance(model, type):
         values = registry.parse_options(model, options)
-        kind = model
-        return f"{model.__module__}:{model.__qualname__}", lambda host: kind(host, values)
+        return f"{model.__module__}:{model.__qualname__}", ModelFactory(model, values)
     if options:
         raise UserError("options are for a model; a function knows its own")
     name = getattr(model, "__qualname__", type(model).__qualname__)

@@ -27,6 +27,7 @@ class Wiring:
     Attributes:
         wires: by device name: where its interrupt pin leads if not to a line of the board.
         consoles: by device name; what a device without one prints is kept nowhere.
+        turn_wanted: called with the name of a device that asks for a turn.
         attention: asks the vCPU loop to come back and look (see `VcpuLoop.attention`).
         guest_exit: called with the value when a device that may do so ends the run.
         device_failed: called once for each failure.
@@ -39,6 +40,7 @@ class Wiring:
     attention: Callable[[], None]
     guest_exit: Callable[[int], None]
     device_failed: Callable[[DeviceFailure], None]
+    turn_wanted: Callable[[str], None] = lambda name: None
     consoles: dict[str, ConsoleBuffer] = field(default_factory=dict)
     wires: dict[str, Callable[[bool], None]] = field(default_factory=dict)
     attached: dict[str, Attachment] = field(default_factory=dict)
@@ -97,6 +99,9 @@ class Wiring:
 
     def wrote_pages(self, name: str, first: int, count: int) -> None:
         self.cpu.invalidate(first << 12, count << 12)
+
+    def want_turn(self, name: str) -> None:
+        self.turn_wanted(name)
 
     def output(self, name: str, data: bytes) -> None:
         console = self.consoles.get(name)

@@ -62,7 +62,13 @@ LARGEST_RAM = 16 << 20
 
 @dataclass
 class ConfigSpaceOptions:
-    """`ram_size`: bytes behind BAR 2, a power of two from 4 KiB to 16 MiB."""
+    """What a user may set.
+
+    Attributes:
+        vendor_id: as the function's header shows it.
+        device_id: the same.
+        ram_size: bytes behind BAR 2, a power of two from 4 KiB to 16 MiB.
+    """
 
     vendor_id: U16 = 0x1234
     device_id: U16 = 0xC501

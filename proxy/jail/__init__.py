@@ -21,6 +21,7 @@ from proxy.jail.linux import leave_terminal
 from proxy.jail.plan import JailError, JailMode, JailPlan, JailUnavailable
 from proxy.jail.policy import OnViolation, Policy, Rule, policy_for
 from proxy.jail.probe import plan_jail, try_jail
+from proxy.jail.rights import Rights, rights_of
 
 __all__ = [
     "JailError",
@@ -33,6 +34,7 @@ __all__ = [
     "LayerState",
     "OnViolation",
     "Policy",
+    "Rights",
     "Rule",
     "enter_jail",
     "fork_into_jail",
@@ -44,5 +46,6 @@ __all__ = [
     "receive_violation",
     "report_data",
     "report_table",
+    "rights_of",
     "try_jail",
 ]

@@ -19,6 +19,9 @@ _F_DUPFD_CLOEXEC: Final = 1030  # linux/fcntl.h
 _F_GETFD: Final = 1
 _F_GETFL: Final = 3
 _AT_EMPTY_PATH: Final = 0x1000
+_PUNCH_HOLE: Final = 0x2 | 0x1  # with KEEP_SIZE, linux/falloc.h
+_ZERO_RANGE: Final = 0x10 | 0x1  # the same
+_ANY_SIZE: Final = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,28 @@ COMMON: Final[tuple[Rule, ...]] = (
 )
 """What the child loop of every device needs: CPython, the C library, the tube."""
 
+DISK: Final = Policy(
+    extra=(
+        *_each("several pieces of guest memory at one place of its file", "preadv pwritev"),
+        *(
+            Rule(name, "what the interpreter calls for the same, without flags", (Arg(5, 0),))
+            for name in ("preadv2", "pwritev2")
+        ),
+        *_each("a flush that the guest asked for", "fdatasync"),
+        Rule("fallocate", "discard: a hole, its file stays as long", (Arg(1, _PUNCH_HOLE),)),
+        Rule("fallocate", "write zeroes, its file stays as long", (Arg(1, _ZERO_RANGE),)),
+    ),
+    file_size=_ANY_SIZE,
+)
+"""Of a model whose requests are reads and writes of one file that the machine opened."""
+
 _OWN: Final[dict[str, Policy]] = {
     "serial": Policy(),
     "echo": Policy(),
     "config-space": Policy(),
     "debug-exit": Policy(),
 }
-"""Each model's own lines. None of these needs anything that the common table does not have."""
+"""Each model's own lines; an empty policy needs nothing that the common table does not have."""
 
 
 def policy_for(model: str) -> Policy:

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_boot(commands)
     options.add_restore(commands)
     options.add_guests(commands)
+    options.add_devices(commands)
     options.add_jail(commands)
     options.add_demo(commands)
     options.add_bench(commands)
@@ -87,13 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     from devices.errors import DeviceError, UserError
 
+    parser = build_parser()
     try:
-        args = build_parser().parse_args(arguments)
+        args = parser.parse_args(arguments)
+        if getattr(args, "config", None) is not None:
+            from vmm.cli.machine_file import read_defaults
+
+            args.parser.set_defaults(**read_defaults(args.config, args.parser))
+            args = parser.parse_args(arguments)
+        return int(args.run(args))
     except SystemExit as end:
         sys.stdout.flush()
         return int(end.code or 0)
-    try:
-        return int(args.run(args))
     except UserError as error:
         return _fail(str(error), getattr(error, "exit_status", 2))
     except DeviceError as error:

@@ -1,4 +1,4 @@
-"""``guests`` and ``jail``: what there is, and what holds on this host."""
+"""``guests``, ``devices`` and ``jail``: what there is, and what holds on this host."""
 
 from __future__ import annotations
 
@@ -20,11 +20,53 @@ def guests(args: argparse.Namespace) -> int:
     return 0
 
 
+GENERAL_OPTIONS = (
+    ("name", "TEXT", "a name that no other device has; the default is made of the model's"),
+    ("addr", "number", "where its only bus region starts"),
+    ("irq", "number", "the ISA interrupt line of its pin"),
+    ("slot", "1..31", "its PCI device number"),
+    ("isolation", "jail|none", "none: no process of its own, all rights of this user"),
+)
+
+
+def devices(args: argparse.Namespace) -> int:
+    """``python -m vmm devices``."""
+    from dataclasses import asdict
+
+    from devices import registry
+    from devices.options import describe
+
+    models = {name: registry.load(name) for name in sorted(registry.MODELS)}
+    options = {name: describe(model.Options) for name, model in models.items()}
+    if args.json:
+        found = {
+            name: {
+                "summary": model.summary,
+                "dma": model.dma,
+                "options": [asdict(each) for each in options[name]],
+            }
+            for name, model in models.items()
+        }
+        print(json.dumps(found))
+        return 0
+    for name, model in models.items():
+        print(f"{name}  {model.summary}{'; does DMA' if model.dma else ''}")
+        for each in options[name]:
+            default = "" if not each.default else f" (default: {each.default})"
+            needed = " (must be given)" if each.default is None else ""
+            print(f"    {f'{each.name}={each.kind}':24}  {each.meaning}{default}{needed}")
+    print("every model also takes")
+    for option, kind, meaning in GENERAL_OPTIONS:
+        print(f"    {f'{option}={kind}':24}  {meaning}")
+    print("\nadd one with: python -m vmm boot --device MODEL[,OPTION=VALUE]...")
+    return 0
+
+
 def jail(args: argparse.Namespace) -> int:
     """``python -m vmm jail``."""
     import msgspec
 
-    from proxy.jail import JailMode, JailReport, report_data, report_table
+    from proxy.jail import JailMode, JailReport, policy_for, report_data, report_table, rights_of
     from vmm.cli.output import clean
     from vmm.config import MachineConfig, default_devices, parse_device
     from vmm.machine import Machine
@@ -38,11 +80,27 @@ def jail(args: argparse.Namespace) -> int:
         reports = {
             proxy.name: msgspec.convert(proxy.jail_report, JailReport) for proxy in parts.proxies
         }
+        rights = {
+            proxy.name: rights_of(
+                policy_for(parts.wiring.attached[proxy.name].config.model),
+                reports[proxy.name],
+                [f"{option} ({what})" for option, what in parts.files.get(proxy.name, {}).items()],
+                parts.memory.size if proxy.maps_memory else 0,
+            )
+            for proxy in parts.proxies
+        }
         if args.json:
-            print(json.dumps({"line": parts.jail_line, "devices": report_data(reports)}))
+            found = report_data(reports)
+            for name, each in rights.items():
+                found[name]["rights"] = each.data()
+            print(json.dumps({"line": parts.jail_line, "devices": found}))
             return 0
         for line in report_table(reports):
             print(clean(line))
+        for name, each in rights.items():
+            print(f"\n{clean(name)} has")
+            for line in each.lines():
+                print(clean(line))
         if parts.jail_line:
             print(clean(parts.jail_line))
     return 0

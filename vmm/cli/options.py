@@ -21,6 +21,7 @@ examples:
   python -m vmm boot code.bin --load-addr 0x7000 --mode 64 --timeout 10
   python -m vmm boot counter --snapshot snap --snapshot-at "count 100"
   python -m vmm boot guest.bin --device echo,addr=0xF00,name=second
+  python -m vmm boot --config machine.toml
 """
 
 
@@ -42,6 +43,17 @@ def _deadline(text: str) -> float:
     return value
 
 
+def _size(text: str) -> str:
+    from devices.errors import UserError
+    from vmm.config import parse_size
+
+    try:
+        parse_size(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def _integer(text: str) -> int:
     try:
         return int(text, 0)
@@ -54,9 +66,19 @@ def add_boot(commands: Any) -> None:
         "boot", help="boot a guest", epilog=BOOT_EXAMPLES, formatter_class=_RAW
     )
     parser.add_argument("image", nargs="?", help="file or built-in guest (default: 'default')")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file in which each of these options has a place, devices as [[device]]; "
+        "what stands here wins over it",
+    )
     image = parser.add_argument_group("the guest")
     image.add_argument(
-        "--mem", metavar="SIZE", default="128M", help="RAM, for example 64M or 1G (default: 128M)"
+        "--mem",
+        metavar="SIZE",
+        type=_size,
+        default="128M",
+        help="RAM, for example 64M or 1G (default: 128M)",
     )
     image.add_argument(
         "--load-addr",
@@ -107,7 +129,7 @@ def add_boot(commands: Any) -> None:
         help="only what --device names (and the debug-exit port)",
     )
     _add_run_options(parser)
-    parser.set_defaults(run=_boot)
+    parser.set_defaults(run=_boot, parser=parser)
 
 
 def add_restore(commands: Any) -> None:
@@ -215,12 +237,19 @@ def add_guests(commands: Any) -> None:
     parser.set_defaults(run=_guests)
 
 
+def add_devices(commands: Any) -> None:
+    parser = commands.add_parser("devices", help="list the device models and their options")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_devices)
+
+
 def add_jail(commands: Any) -> None:
     parser = commands.add_parser(
         "jail",
         help="show what jail each device gets on this host",
         description="Starts each default device in its jail and prints what was enforced, layer "
-        "by layer, as verified from inside the device's process.",
+        "by layer, as verified from inside the device's process; then what each device has: "
+        "descriptors, system calls, guest memory, limits, namespaces.",
     )
     parser.add_argument("--jail", choices=("auto", "strict", "off"), default="auto")
     parser.add_argument(
@@ -274,6 +303,12 @@ def _guests(args: argparse.Namespace) -> int:
     from vmm.cli.lists import guests
 
     return guests(args)
+
+
+def _devices(args: argparse.Namespace) -> int:
+    from vmm.cli.lists import devices
+
+    return devices(args)
 
 
 def _jail(args: argparse.Namespace) -> int:

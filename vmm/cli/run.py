@@ -10,14 +10,17 @@ from proxy.jail import JailMode
 from vmm.boot import firmware
 from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
 from vmm.cli.files import read_file
+from vmm.cli.machine_file import DeviceTable
 from vmm.cli.session import Session, SnapshotPlan
 from vmm.config import (
     ClockKind,
+    DeviceConfig,
     FailurePolicy,
     HostOptions,
     MachineConfig,
     debug_exit,
     default_devices,
+    device_from,
     parse_device,
     parse_size,
 )
@@ -45,8 +48,8 @@ def boot(args: argparse.Namespace) -> int:
         kernel_entry=KernelEntry(args.kernel_entry),
     )
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
-    for text in args.device:
-        devices.append(parse_device(text, [device.name for device in devices]))
+    for given in args.device:
+        devices.append(_device(given, [device.name for device in devices]))
     config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock), len(rom))
     with Machine(config, host=_host_options(args)) as machine:
         if rom:
@@ -56,6 +59,20 @@ def boot(args: argparse.Namespace) -> int:
         else:
             machine.boot(image, options)
         return Session(machine, args, plan).run()
+
+
+def _device(given: str | DeviceTable, taken: list[str]) -> DeviceConfig:
+    if isinstance(given, str):
+        return parse_device(given, taken)
+    options = dict(given.values)
+    model = options.pop("model", None)
+    if not isinstance(model, str):
+        where = given.where("'model'")
+        raise UserError(f'{where}: a device needs a model, for example model = "echo"')
+    try:
+        return device_from(f"device '{model}'", model, options, taken)
+    except UserError as error:
+        raise UserError(f"{given.where(str(error))}: {error}") from error
 
 
 def restore(args: argparse.Namespace) -> int:

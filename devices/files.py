@@ -1,0 +1,45 @@
+"""Options of a model that name a file or directory of the host.
+
+The machine opens it, because the device's process can open nothing, and hands it over as
+``host.fds[option]``. An option whose text is empty opens nothing, and its name is not in ``fds``.
+
+    @dataclass(frozen=True)
+    class DiskOptions:
+        file: Annotated[str, HostFile(read_only_if="readonly")]
+        readonly: bool = False
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HostFile:
+    """What is opened, and how.
+
+    Attributes:
+        directory: a directory, for ``openat`` and the like; else a regular file or block device.
+        writable: open it for reading and writing. A file that is written has no other user at the
+            same time, one that is read no writer; a directory is opened for reading in any case.
+        read_only_if: an option of the model (true or false): if true, it is not writable.
+        direct_if: the same: if true, open it with O_DIRECT.
+    """
+
+    directory: bool = False
+    writable: bool = True
+    read_only_if: str = ""
+    direct_if: str = ""
+
+
+def host_files(options: type) -> dict[str, HostFile]:
+    """The options that name a file, by name, of a model's `Options`."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    found = {}
+    for each in dataclasses.fields(options):
+        for note in getattr(hints[each.name], "__metadata__", ()):
+            if isinstance(note, HostFile):
+                found[each.name] = note
+    return found

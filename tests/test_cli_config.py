@@ -1,0 +1,185 @@
+"""``--config machine.toml`` and ``vmm devices``: every option has a place, a wrong one its line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_rig import run
+
+from devices.errors import UserError
+from devices.registry import MODELS
+from vmm.cli import build_parser
+from vmm.cli.machine_file import DeviceTable, read_defaults
+
+WHOLE = """
+image = "echo"
+mem = "64M"
+load-addr = 0x7000
+mode = 64
+append = "console=ttyS0"
+initrd = "initrd.gz"
+kernel-entry = "pvh"
+firmware = "rom"
+clock = "virtual"
+module = ["a,b", "c"]
+no-default-devices = true
+serial = "none"
+timeout = 1.5
+snapshot = "snap"
+snapshot-at = "end"
+snapshot-then = "quit"
+json = true
+debug-console = "stderr"
+screen = true
+trace = "unclaimed"
+symbols = "map"
+stats = true
+jail = "strict"
+on-failure = "isolate"
+deadline = 2
+lane = "socket"
+
+[[device]]
+model = "echo"
+name = "second"
+addr = 0xF00
+"""
+
+
+def boot_parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = build_parser().parse_args(["boot"]).parser
+    return parser
+
+
+def read(tmp_path: Path, text: str) -> dict[str, Any]:
+    path = tmp_path / "machine.toml"
+    path.write_text(text)
+    return read_defaults(str(path), boot_parser())
+
+
+def test_every_option_has_a_place(tmp_path: Path) -> None:
+    found = read(tmp_path, WHOLE)
+    there = {a.dest for a in boot_parser()._actions} - {"help", "config"}
+    assert set(found) == there, "an option that this test does not know: add it to WHOLE"
+    assert found["load_addr"] == 0x7000
+    assert (found["mode"], found["timeout"], found["deadline"]) == (64, 1.5, 2.0)
+    assert found["module"] == ["a,b", "c"]
+    (device,) = found["device"]
+    assert isinstance(device, DeviceTable)
+    assert device.values == {"model": "echo", "name": "second", "addr": 0xF00}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "about"),
+    [
+        ('mem = "1M"\nmemm = "64M"\n', 2, "do you mean 'mem'"),
+        ('\n\nmem = "abc"\n', 3, "'abc' is not a size"),
+        ("mem = true\n", 1, "is text or a number"),
+        ("#\nmode = 48\n", 2, "'48' is none of 16, 32, 64"),
+        ("stats = 1\n", 1, "is true or false"),
+        ('append = """\nmem = 3\n"""\nclock = "fast"\n', 4, "'fast' is none of real, virtual"),
+        ("deadline = 99999\n", 1, "more than 3600"),
+        ('module = "a"\n', 1, "is a list"),
+        ("config = 'other'\n", 1, "there is no option 'config'"),
+        ('mem = "1M"\n[run]\nstats = true\n', 2, "there is no option 'run'"),
+        ('mem = "1M"\nmem = "2M"\n', 2, "overwrite"),
+        ("mem = \n", 1, "Invalid value"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(
+    tmp_path: Path, text: str, line: int, about: str
+) -> None:
+    with pytest.raises(UserError, match=about) as caught:
+        read(tmp_path, text)
+    assert f"line {line}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "line", "about"),
+    [
+        ('name = "x"\n', 3, "needs a model"),
+        ('model = "nothing"\n', 4, "unknown device model 'nothing'"),
+        ('model = "echo"\nadr = 3\n', 5, "has no option 'adr'"),
+        ('model = "echo"\nname = "x"\nbus = "isa"\n', 6, "bus=isa"),
+        ('model = "echo"\nslot = "two"\n', 5, "slot=two is not a number"),
+        ('model = "echo"\nirq = true\n', 5, "irq=True is not a number"),
+        ('model = "echo"\nisolation = "some"\n', 5, "isolation is 'jail' or 'none'"),
+    ],
+)
+def test_so_it_is_of_devices(tmp_path: Path, device: str, line: int, about: str) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_text('image = "echo"\n\n[[device]]\n' + device)
+    status, _, err = run("boot", "--config", str(path))
+    assert status == 2
+    assert about in err.decode()
+    assert f"line {line}: " in err.decode()
+    assert len(err.splitlines()) == 1
+
+
+def test_the_command_line_wins_and_adds(tmp_path: Path) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_text(
+        'image = "no such guest"\nserial = "none"\njson = true\n'
+        '[[device]]\nmodel = "echo"\nname = "from-file"\naddr = 0xF00\n'
+    )
+    status, out, err = run(
+        *("boot", "echo", "--config", str(path), "--device", "echo,addr=0xF10,name=from-line"),
+        *("--stats", "--serial", "stdio"),
+    )
+    assert status == 1, err
+    devices = json.loads(out)["stats"]["devices"]
+    assert {"from-file", "from-line"} <= set(devices)
+    assert "checks, all right" in json.loads(out)["output"]
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b'mem = "1M"\n\xff'])
+def test_what_is_no_text(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_bytes(data)
+    status, _, err = run("boot", "--config", str(path))
+    assert status == 2
+    assert f"line {data.count(10) + 1} is not UTF-8".encode() in err
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    status, _, err = run("boot", "--config", str(tmp_path / "none.toml"))
+    assert status == 2
+    assert b"none.toml" in err
+    assert len(err.splitlines()) == 1
+
+
+# vmm devices, vmm jail.
+
+
+def test_devices_lists_models_and_their_options() -> None:
+    status, out, _ = run("devices", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert set(found) == set(MODELS)
+    for model, about in found.items():
+        assert about["summary"], model
+        for option in about["options"]:
+            assert option["meaning"], f"{model}: say in its Options what {option['name']} means"
+            assert option["kind"], model
+    (bus,) = found["echo"]["options"]
+    assert (bus["name"], bus["kind"], bus["default"]) == ("bus", "pio|mmio", "pio")
+    status, out, _ = run("devices")
+    assert status == 0
+    for model in MODELS:
+        assert f"\n{model}  " in f"\n{out.decode()}"
+
+
+def test_jail_shows_what_each_device_has() -> None:
+    status, out, _ = run("jail", "--json")
+    assert status == 0
+    rights = json.loads(out)["devices"]["echo"]["rights"]
+    assert rights["descriptors"] == ["tube", "doorbell"]
+    assert rights["system_calls"] == []
+    assert rights["guest_memory"] == 0
+    status, out, _ = run("jail")
+    assert "\nserial has\n" in out.decode()
+    assert "  guest memory  none" in out.decode()

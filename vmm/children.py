@@ -1,0 +1,122 @@
+"""The device processes of one machine: their warden, and what each is ordered to be."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from devices import registry
+from devices.contract import Device
+from proxy.jail import JailMode, JailUnavailable
+from proxy.tube import close_all
+from proxy.warden import Start, Warden
+from vmm.config import ClockKind, DeviceConfig, HostOptions, MachineConfig
+from vmm.host_files import open_files
+from vmm.local import DeviceFactory, ModelFactory
+
+DEBUG_EXIT = "debug-exit"
+"""The one model that needs no process: all it can do is end the machine."""
+
+
+@dataclass(frozen=True)
+class Children:
+    """Device processes that start while the rest of the machine is built.
+
+    Attributes:
+        warden: their parent; it is there even if there is none.
+        starts: by device name.
+        jail_line: what a user must be told about their jails; "" if all is well.
+        files: by device name: what each descriptor that it was given is, by option.
+    """
+
+    warden: Warden
+    starts: Mapping[str, Start]
+    jail_line: str
+    files: Mapping[str, Mapping[str, str]]
+
+
+def order_children(
+    config: MachineConfig, host: HostOptions, factories: Mapping[str, DeviceFactory]
+) -> Children:
+    """Fork the warden and have all isolated devices started.
+
+    Raises:
+        UserError: a jail that cannot be had, options, a file that cannot be opened.
+        DeviceError: a device that cannot be started.
+    """
+    unjailed = _without_process(config)
+    if unjailed and host.jail is JailMode.STRICT:
+        raise JailUnavailable(
+            f"--jail=strict cannot be had: without a process of their own are {unjailed}; "
+            "give them isolation=jail",
+            (),
+        )
+    isolated = [device for device in config.devices if device.isolated]
+    for device in isolated:
+        if device.model in registry.MODELS:
+            registry.load(device.model)  # once in this process: each warden inherits it
+    own = [device.name for device in isolated if device.name in factories]
+    warden = Warden([factories[name] for name in own], jail=host.jail, deadline=host.deadline)
+    try:
+        lines = [warden.plan.one_line()]
+        if unjailed:
+            lines.append(
+                f"jail: none for {unjailed} (isolation=none): no process of their own, "
+                "all the rights of this user"
+            )
+        starts, files = {}, {}
+        for device in isolated:
+            fds = files_for(device, factories.get(device.name))
+            files[device.name] = {option: _what(fd) for option, fd in fds.items()}
+            try:
+                starts[device.name] = warden.order(
+                    device.name,
+                    device.model,
+                    device.options,
+                    factory=own.index(device.name) if device.name in own else None,
+                    fds=fds,
+                    guest_memory=config.memory,
+                    finish_work=config.clock is ClockKind.VIRTUAL,
+                )
+            finally:
+                close_all(list(fds.values()))
+    except BaseException:
+        warden.close()
+        raise
+    return Children(warden, starts, "\n".join(line for line in lines if line), files)
+
+
+def model_of(device: DeviceConfig, factory: DeviceFactory | None) -> type[Device] | None:
+    """The model's class; None for a function that makes a device."""
+    if isinstance(factory, ModelFactory):
+        return factory.kind
+    return registry.load(device.model) if factory is None else None
+
+
+def files_for(device: DeviceConfig, factory: DeviceFactory | None) -> dict[str, int]:
+    """See `open_files`."""
+    kind = model_of(device, factory)
+    return {} if kind is None else open_files(device, kind)
+
+
+def may_map_memory(device: DeviceConfig, factory: DeviceFactory | None) -> bool:
+    """Whether the device's process may have guest memory, whatever it says itself."""
+    kind = model_of(device, factory)
+    return kind is None or kind.dma
+
+
+def _what(fd: int) -> str:
+    """A descriptor in words: what it is of, and for what it is open."""
+    rights = ("read", "write", "read and write")[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
+    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
+
+
+def _without_process(config: MachineConfig) -> str:
+    """The devices that no jail holds, apart from the debug-exit port."""
+    return ", ".join(
+        f"'{device.name}'"
+        for device in config.devices
+        if not device.isolated and device.model != DEBUG_EXIT
+    )

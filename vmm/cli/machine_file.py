@@ -1,0 +1,161 @@
+"""``--config machine.toml``: every option of ``boot`` has a place in a file.
+
+    image = "vmlinuz"
+    mem = "256M"
+    append = "console=ttyS0"
+    no-default-devices = true
+
+    [[device]]
+    model = "echo"
+    addr = 0xF00
+
+A key is an option's name without the dashes; ``image`` is the guest. What may be repeated on the
+command line is a list, devices are tables or texts. The command line wins over the file, and adds
+to its lists. Paths are meant as on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from devices.errors import UserError
+from vmm.cli.files import read_file
+
+_HEADER = re.compile(r"\s*\[+\s*\"?([\w-]+)")
+_KEY = re.compile(r"\s*\"?([\w-]+)\"?\s*[.=]")
+_NOT_IN_A_FILE = ("help", "config")
+
+
+@dataclass(frozen=True)
+class DeviceTable:
+    """A device as a table of the file.
+
+    Attributes:
+        file: for messages.
+        line: of its header.
+        lines: of its keys.
+        values: the table.
+    """
+
+    file: str
+    line: int
+    lines: Mapping[str, int]
+    values: Mapping[str, Any]
+
+    def where(self, problem: str) -> str:
+        """File and line, as near to what a message is about as it can be known."""
+        # The model comes last: messages about other keys name it, too.
+        for key in sorted(self.lines, key=lambda key: key == "model"):
+            if re.search(rf"'{key}'|\b{key}(=| )", problem):
+                return f"config {self.file}: line {self.lines[key]}"
+        return f"config {self.file}: line {self.line}"
+
+
+def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What the file says, as defaults for the parser of ``boot``.
+
+    Raises:
+        UserError: it cannot be read, is no TOML, or an option is wrong: with the line's number.
+    """
+    try:
+        text = read_file(path, "config").decode()
+        document = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"config {path}: line {line} is not UTF-8 text") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"config {path}: {error}") from error
+    lines = _Lines(text)
+    actions = {name: action for action in parser._actions if (name := _name(action))}
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        where = f"config {path}: line {lines.of(key)}"
+        action = actions.get(key.replace("_", "-"))
+        if action is None:
+            near = difflib.get_close_matches(key, actions, 1)
+            hint = f"; do you mean '{near[0]}'?" if near else f"; there are {', '.join(actions)}"
+            raise UserError(f"{where}: there is no option '{key}'{hint}")
+        if key == "device" and isinstance(value, list):
+            found["device"] = [
+                DeviceTable(path, lines.of(key, index), lines.within(key, index), each)
+                if isinstance(each, dict)
+                else _one(action, each, where)
+                for index, each in enumerate(value)
+            ]
+        else:
+            found[action.dest] = _value(action, value, where)
+    return found
+
+
+def _name(action: argparse.Action) -> str:
+    """The option as a key; "" if it has no place in a file."""
+    name = action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
+    return "" if name in _NOT_IN_A_FILE else name
+
+
+def _value(action: argparse.Action, value: Any, where: str) -> Any:
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: is true or false, not {value!r}")
+        return value
+    if isinstance(action.default, list):
+        if not isinstance(value, list):
+            raise UserError(f"{where}: is a list, not {value!r}")
+        return [_one(action, each, where) for each in value]
+    return _one(action, value, where)
+
+
+def _one(action: argparse.Action, value: Any, where: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{where}: is text or a number, not {value!r}")
+    text = str(value)
+    try:
+        made = action.type(text) if callable(action.type) else text
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+    if action.choices is not None and made not in action.choices:
+        known = ", ".join(map(str, action.choices))
+        raise UserError(f"{where}: {text!r} is none of {known}")
+    return made
+
+
+class _Lines:
+    """On which line each key stands; `tomllib` does not tell."""
+
+    def __init__(self, text: str) -> None:
+        self._found: dict[tuple[str, int], int] = {}
+        seen: dict[str, int] = {}
+        inside: dict[str, int] | None = None
+        self._within: dict[tuple[str, int], dict[str, int]] = {}
+        quote = ""
+        for number, line in enumerate(text.splitlines(), 1):
+            if not quote:
+                header = _HEADER.match(line)
+                key = _KEY.match(line)
+                if header:
+                    name = header[1]
+                    index = seen.get(name, -1) + 1
+                    seen[name] = index
+                    self._found.setdefault((name, index), number)
+                    inside = self._within.setdefault((name, index), {})
+                elif key and inside is not None:
+                    inside.setdefault(key[1], number)
+                elif key:
+                    self._found.setdefault((key[1], 0), number)
+            for mark in ('"""', "'''"):
+                if line.count(mark) % 2 and quote in ("", mark):
+                    quote = "" if quote else mark
+
+    def of(self, key: str, index: int = 0) -> int:
+        """The line of a key, or of the table that is number `index` of its name."""
+        return self._found.get((key, index)) or self._found.get((key, 0)) or 1
+
+    def within(self, key: str, index: int) -> dict[str, int]:
+        """The lines of the keys of such a table."""
+        return self._within.get((key, index), {})
