@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.bus import BusType, Range
+from devices.pci.capability import Capability, CapabilityId, vendor_capability
 from devices.pci.config import (
     BAR0,
     COMMAND,
-    Capability,
-    CapabilityId,
     Command,
     ConfigSpace,
     Header,
@@ -19,7 +18,6 @@ from devices.pci.config import (
     check_bars,
     difference,
     placement,
-    vendor_capability,
 )
 from devices.pci.contract import BarInfo, RegionRange
 from devices.pci.registers import Field, RegisterFile

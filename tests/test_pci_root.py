@@ -673,7 +673,7 @@ def test_a_function_that_differs_from_the_saved_shadow_is_at_fault() -> None:
         (["bridge", "registers", 0], 0),
         (["functions"], {}),
         (["functions", "00:03.0", "owner"], "other"),
-        (["functions", "00:03.0", "command"], 4),
+        (["functions", "00:03.0", "command"], 8),
         (["functions", "00:03.0", "bars"], [0] * 6),
         (["functions", "00:03.0", "bars"], [0] * 5),
         (["functions", "00:03.0", "unreachable"], [3]),

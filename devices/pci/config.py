@@ -19,7 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from devices.bus import BusType, Range
+from devices.pci.capability import CAPABILITIES_START, Capability, capability_fields
 from devices.pci.contract import CONFIG_REGISTERS, BarInfo, ConfigWriteResult, RegionRange
+from devices.pci.msi import MsiLayout
+from devices.pci.msix import MsixLayout
 from devices.pci.registers import DWORD, Field, RegisterFile
 
 COMMAND = 1
@@ -29,9 +32,6 @@ BAR0 = 4
 BAR_COUNT = 6
 INTERRUPT = 15
 """The dword of Interrupt Line (byte 0) and Interrupt Pin (byte 1)."""
-
-CAPABILITIES_START = 0x40
-"""Where device-specific registers begin, and with them our capability list."""
 
 
 class Command(enum.IntFlag):
@@ -58,15 +58,6 @@ class Status(enum.IntFlag):
     DETECTED_PARITY_ERROR = 1 << 15
 
 
-class CapabilityId(enum.IntEnum):
-    """Appendix H, as far as this project uses them."""
-
-    POWER_MANAGEMENT = 0x01
-    MSI = 0x05
-    VENDOR_SPECIFIC = 0x09
-    MSI_X = 0x11
-
-
 _ERROR_BITS = int(
     Status.MASTER_DATA_PARITY_ERROR
     | Status.SIGNALED_TARGET_ABORT
@@ -79,31 +70,8 @@ _ERROR_BITS = int(
 INTX_STATUS = int(Status.INTERRUPT_STATUS) << 16
 """Interrupt Status in the `COMMAND` dword."""
 INTX_DISABLE = int(Command.INTERRUPT_DISABLE)
+BUS_MASTER = int(Command.BUS_MASTER)
 _DECODES = {BusType.PIO: int(Command.IO_SPACE), BusType.MMIO: int(Command.MEMORY_SPACE)}
-
-
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """One entry of the capability list (6.7).
-
-    Attributes:
-        id: what it is, see `CapabilityId`.
-        length: in bytes with the two of the list itself, 2..192.
-        fields: its registers, with offsets from its own start; bytes 0 and 1 (ID and pointer to
-            the next) are not among them.
-    """
-
-    id: int
-    length: int
-    fields: tuple[Field, ...] = ()
-
-
-def vendor_capability(body: bytes) -> Capability:
-    """A vendor-specific capability of read-only bytes: its third byte is its length."""
-    length = 3 + len(body)
-    fields = [Field("length", 2, 1, reset=length)]
-    fields += [Field(f"body {index}", 3 + index, 1, byte) for index, byte in enumerate(body)]
-    return Capability(CapabilityId.VENDOR_SPECIFIC, length, tuple(fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +81,7 @@ class Header:
     Attributes:
         class_code: base class, sub-class and programming interface, 24 bits.
         interrupt_pin: 0 for none, 1..4 for INTA# to INTD#.
+        capabilities: those that need no code here, in this order; `chain` has all.
 
     Raises:
         ValueError: a value does not fit, or the BARs break a rule of `check_bars`.
@@ -127,6 +96,8 @@ class Header:
     interrupt_pin: int = 0
     bars: tuple[BarInfo, ...] = ()
     capabilities: tuple[Capability, ...] = ()
+    msi: MsiLayout | None = None
+    msix: MsixLayout | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.interrupt_pin <= 4:
@@ -134,13 +105,27 @@ class Header:
         if self.vendor_id == 0xFFFF:
             raise ValueError("vendor id 0xffff means that there is no function")
         check_bars(self.bars)
+        if self.msi is not None:
+            self.msi.check()
+        if self.msix is not None:
+            self.msix.check(self.bars)
         self.fields()
+
+    def chain(self) -> tuple[Capability, ...]:
+        """The capability list, in order."""
+        chain = self.capabilities
+        if self.msi is not None:
+            chain += (self.msi.capability(),)
+        if self.msix is not None:
+            chain += (self.msix.capability(),)
+        return chain
 
     def fields(self) -> tuple[Field, ...]:
         """The whole table: header, BARs and capabilities."""
         command = int(Command.BUS_MASTER | Command.PARITY_ERROR_RESPONSE | Command.SERR_ENABLE)
         command |= INTX_DISABLE if self.interrupt_pin else 0
-        status = int(Status.CAPABILITIES_LIST) if self.capabilities else 0
+        chain = self.chain()
+        status = int(Status.CAPABILITIES_LIST) if chain else 0
         return (
             Field("vendor id", 0x00, 2, self.vendor_id),
             Field("device id", 0x02, 2, self.device_id),
@@ -170,7 +155,7 @@ class Header:
             Field("interrupt pin", 0x3D, 1, self.interrupt_pin),
             Field("min_gnt", 0x3E, 1),
             Field("max_lat", 0x3F, 1),
-            *capability_fields(self.capabilities),
+            *capability_fields(chain),
         )
 
 
@@ -224,35 +209,6 @@ def bar_fields(bars: Sequence[BarInfo]) -> list[Field]:
         fields.append(Field(name, offset, 4, kind, mask & DWORD & ~0b1111))
         if info.is_64bit:
             fields.append(Field(f"{name} high", offset + 4, 4, 0, mask >> 32 & DWORD))
-    return fields
-
-
-def capability_fields(capabilities: Sequence[Capability]) -> list[Field]:
-    """The capabilities laid out one after the other on dword borders, and linked."""
-    fields = []
-    start = CAPABILITIES_START
-    for index, item in enumerate(capabilities):
-        following = start + (item.length + 3) // 4 * 4
-        if item.length < 2 or start + item.length > 4 * CONFIG_REGISTERS:
-            raise ValueError(f"capability {item.id:#04x} of {item.length} bytes does not fit")
-        last = index == len(capabilities) - 1
-        fields.append(Field("capability id", start, 1, item.id))
-        fields.append(Field("next capability", start + 1, 1, 0 if last else following))
-        for part in item.fields:
-            if not 2 <= part.offset <= item.length - part.width:
-                raise ValueError(f"'{part.name}' lies outside its capability {item.id:#04x}")
-            fields.append(
-                Field(
-                    part.name,
-                    start + part.offset,
-                    part.width,
-                    part.reset,
-                    part.writable,
-                    part.clears,
-                    part.volatile,
-                )
-            )
-        start = following
     return fields
 
 
@@ -329,7 +285,7 @@ class ConfigSpace(RegisterFile):
     def capability(self, wanted: int) -> int | None:
         """The offset in bytes of the first capability with this id."""
         start = CAPABILITIES_START
-        for item in self.header.capabilities:
+        for item in self.header.chain():
             if item.id == wanted:
                 return start
             start += (item.length + 3) // 4 * 4

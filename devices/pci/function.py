@@ -31,7 +31,9 @@ from typing import Any, ClassVar
 from devices.bus import ALL_ONES, BusDevice, BusType, Range
 from devices.contract import Device, DeviceHost, Region, checked_state
 from devices.errors import DeviceError
+from devices.pci.capability import CapabilityId
 from devices.pci.config import (
+    BUS_MASTER,
     COMMAND,
     INTX_DISABLE,
     INTX_STATUS,
@@ -43,6 +45,8 @@ from devices.pci.config import (
     placements,
 )
 from devices.pci.contract import BarInfo, ConfigWriteResult, RegionRange
+from devices.pci.msi import Msi
+from devices.pci.msix import Msix, MsixState
 
 
 @dataclass
@@ -50,6 +54,7 @@ class PciState:
     """What every function keeps; models extend it."""
 
     config: ConfigState = field(default_factory=ConfigState)
+    msix: MsixState = field(default_factory=MsixState)
 
 
 class BarHandler:
@@ -75,8 +80,19 @@ class PciFunction(Device):
     def __init__(self, host: DeviceHost, options: Any = None) -> None:
         super().__init__(host, options)
         self.config = ConfigSpace(self.header(), self.state.config)
-        self._bars = self.config.header.bars
-        self._pin = self.config.header.interrupt_pin
+        header = self.config.header
+        self._bars = header.bars
+        self._pin = header.interrupt_pin
+        control = (self.config.capability(CapabilityId.MSI_X) or 0) // 4
+        self.msix = Msix(
+            header.msix,
+            self.state.msix,
+            lambda: self.config.values[control],
+            self.may_master,
+            host.send_msi,
+        )
+        start = (self.config.capability(CapabilityId.MSI) or 0) // 4
+        self.msi = Msi(header.msi, self.config, start, self.may_master, host.send_msi)
         self._placed: list[Range | None] = placements(self._bars, self.config.values)
 
     # What a model says and does.
@@ -98,22 +114,32 @@ class PciFunction(Device):
     def validate(self, state: Any) -> None:
         """Refuse a state that fits the dataclass but not this function, with a ValueError."""
 
-    # The interrupt pin.
+    # Interrupts.
+
+    def may_master(self) -> bool:
+        """Whether the function may write to memory at all, by messages or by DMA (6.2.2)."""
+        return bool(self.config.values[COMMAND] & BUS_MASTER)
 
     def set_intx(self, level: bool) -> None:
         """Ask for an interrupt on the function's pin, or stop asking.
 
         Status.InterruptStatus follows in any case; the line only while Command.InterruptDisable
-        is clear (6.2.2, 6.2.3).
+        is clear (6.2.2, 6.2.3) and neither MSI nor MSI-X is enabled (6.8).
         """
         if level != bool(self.config.values[COMMAND] & INTX_STATUS):
+            line = self._intx_line()
             self.config.update(COMMAND, INTX_STATUS, INTX_STATUS if level else 0)
-            if not self.config.values[COMMAND] & INTX_DISABLE:
-                self.host.set_irq(level, self._pin - 1)
+            self._follow_intx(line)
 
     def _intx_line(self) -> bool:
         command_status = self.config.values[COMMAND]
-        return bool(command_status & INTX_STATUS) and not command_status & INTX_DISABLE
+        if not command_status & INTX_STATUS or command_status & INTX_DISABLE:
+            return False
+        return not (self.msix.enabled or self.msi.enabled)
+
+    def _follow_intx(self, before: bool) -> None:
+        if self._intx_line() != before:
+            self.host.set_irq(not before, self._pin - 1)
 
     # PciConfig.
 
@@ -127,8 +153,10 @@ class PciFunction(Device):
         line = self._intx_line()
         self.config.write(register, offset, data)
         self.config_written(register)
-        if register == COMMAND and self._intx_line() != line:
-            self.host.set_irq(not line, self._pin - 1)
+        self._follow_intx(line)
+        # Cheap, since writes are rare: any of them may have been what held a message back.
+        self.msi.retry()
+        self.msix.retry()
         if not can_move_bars(register):
             return ConfigWriteResult()
         before = self._placed
@@ -171,7 +199,12 @@ class PciFunction(Device):
 
     def handlers(self) -> Sequence[BusDevice]:
         ordered = sorted(self._bars, key=lambda info: info.region)
-        return tuple(BarHandler(self, info.bar) for info in ordered)
+        return tuple(self._handler(info.bar) for info in ordered)
+
+    def _handler(self, bar: int) -> BusDevice:
+        plain = BarHandler(self, bar)
+        layout = self.msix.layout
+        return self.msix.handler(plain) if layout is not None and layout.bar == bar else plain
 
     def current_ranges(self) -> list[tuple[BusType, RegionRange]]:
         """Where the guest has put each region that is decoded now."""
@@ -194,11 +227,13 @@ class PciFunction(Device):
         state: PciState = checked_state(self.model, saved, self.State)
         try:
             self.config.check(state.config.registers)
+            self.msix.check(state.msix)
             self.validate(state)
         except ValueError as error:
             raise DeviceError(self.model, f"cannot restore this state: {error}") from error
         self.state = state
         self.config.load(state.config.registers)
+        self.msix.load(state.msix)
         self._placed = placements(self._bars, self.config.values)
         if self._pin:
             self.host.set_irq(self._intx_line(), self._pin - 1)

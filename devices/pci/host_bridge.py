@@ -215,8 +215,9 @@ class PciRoot(Device):
             return
         moves = can_move_bars(register)
         if moves:
-            seat.shadow.write(register, offset, data)
+            seat.write_shadow(register, offset, data)
         answer = seat.function.write_config(register, offset, data)
+        seat.written()
         if seat.failed or self._seats.get(number) is not seat:
             return
         if moves or answer:
@@ -313,6 +314,11 @@ class PciRoot(Device):
             self._on_violation(seat.owner, f"drove interrupt pin {pin}; there are {PINS}")
             return
         self._intx.set(slot, pin, level)
+
+    def may_master(self, slot: Slot | int) -> bool:
+        """Whether the guest lets this function write to memory, as messages do (6.2.2)."""
+        seat = self._seats.get(_slot(slot).number)
+        return seat is not None and not seat.failed and seat.may_master()
 
     # State.
 

@@ -18,6 +18,7 @@ from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
 from devices.pci.config import (
     BAR0,
     BAR_COUNT,
+    BUS_MASTER,
     COMMAND,
     bar_fields,
     check_bars,
@@ -42,7 +43,7 @@ class FunctionState:
 
     Attributes:
         owner: the configured name of the device.
-        command: the shadow of the Command register's decode bits.
+        command: the shadow of the Command register: the decode bits and Bus Master.
         bars: the shadow of the six base address registers.
         unreachable: indices into the function's BARs of those that found their place taken.
         pins: interrupt pins that are asserted, 0 for INTA#.
@@ -90,14 +91,32 @@ class Seat:
         self.handlers = tuple(handlers[info.region] for info in bars)
         self.failed = False
         self.multi_function = False
-        decode = Field("command", 4 * COMMAND, 2, writable=decoded_spaces(bars))
+        decode = Field("command", 4 * COMMAND, 2, writable=decoded_spaces(bars) | BUS_MASTER)
         self.shadow = RegisterFile([decode, *bar_fields(bars)], CONFIG_REGISTERS)
+        self._was_master = False
         self.placed: list[Range | None] = placements(bars, self.shadow.values)
         """Where the guest wants each BAR."""
         self.mapped: dict[int, Range] = {}
         """What is on the buses, by index of the BAR."""
         self.unreachable: dict[int, str] = {}
         """Why a wanted BAR is not on its bus, by index of the BAR."""
+
+    def write_shadow(self, register: int, offset: int, data: bytes) -> None:
+        """The guest writes; the function hears of it next, and then `written` follows."""
+        self._was_master = self.may_master()
+        self.shadow.write(register, offset, data)
+
+    def written(self) -> None:
+        """The function has answered."""
+        self._was_master = False
+
+    def may_master(self) -> bool:
+        """Whether the guest made it a bus master.
+
+        While a write is under way the old value holds too: what the function sends before it
+        answers may go by either.
+        """
+        return self._was_master or bool(self.shadow.values[COMMAND] & BUS_MASTER)
 
     def state(self, pins: list[int]) -> FunctionState:
         values = self.shadow.values
