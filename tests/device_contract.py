@@ -191,7 +191,7 @@ def script(subject: Subject, seed: int, length: int = 200) -> list[Access]:
     chance = random.Random(seed)
     accesses = []
     for _ in range(length):
-        if subject.is_pci and chance.random() < 0.3:
+        if subject.is_pci and (not subject.regions or chance.random() < 0.3):
             accesses.append(_config_access(chance))
             continue
         where = chance.randrange(len(subject.regions))

@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from devices.bus import BusType
 from devices.errors import DeviceError
 from devices.pci.capability import CapabilityId
-from devices.pci.config import COMMAND, Command, Header, Status
+from devices.pci.config import Header, Status
 from devices.pci.config_space import MSIX, ConfigSpaceDevice
 from devices.pci.contract import BarInfo
+from devices.pci.decode import COMMAND, Command
 from devices.pci.function import PciFunction
 from devices.pci.msi import MsiLayout
 from devices.pci.msix import MsixLayout
@@ -363,7 +364,7 @@ class Driver:
         self.mmio = self.parts.buses[BusType.MMIO]
         self.attachment = self.parts.wiring.attached["cs"]
         self.base = 0xE100_0000
-        self.number = self.attachment.slot << 3
+        self.number = self.attachment.slot.number
         self.config(4, 0xE100_0000, 4, at=0x10)
         self.mmio.write(0xFEE0_00F0, 4, 0x1FF)
 

@@ -14,8 +14,6 @@ from time import monotonic, time
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
-from devices.pci.contract import PciConfig
-from devices.pci.intx import Slot
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailUnavailable
@@ -30,13 +28,12 @@ from vmm.events import EventLoop, Timer
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
+from vmm.plugging import plug_in
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
 LOOKS = 4
 """Looks within a deadline at whether devices do what was posted to them."""
-PCI_MMIO_TOP = 0xFEC0_0000
-"""Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
 PHYSICAL_LIMIT = 1 << 40
 """The guest's physical address space: 40 bits."""
 DEBUG_EXIT = "debug-exit"
@@ -105,6 +102,7 @@ class Parts:
                 self._attach(device, local)
             else:
                 self._attach(device, self._activate(child))
+        plug_in(self.pci, self.attachments)
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
@@ -221,39 +219,13 @@ class Parts:
         function = attachment.pci_function()
         if device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")
-        if function is not None:
-            self._plug_in(attachment, function)
-        elif device.slot is not None:
+        if function is None and device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
+        if function is not None and device.irq is not None:
+            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
         attachment.place(self.buses)
         self.attachments.append(attachment)
         self.wiring.attached[device.name] = attachment
-
-    def _plug_in(self, attachment: Attachment, function: PciConfig) -> None:
-        device = attachment.config
-        if device.irq is not None:
-            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
-        attachment.slot = slot = self._free_slot(device)
-        attachment.regions()  # that they can be is looked at before they are used
-        bars = attachment.bars()
-        try:
-            self.pci.add(Slot(slot), function, device.name, attachment.handlers, bars)
-        except ValueError as error:
-            raise DeviceError(device.name, f"cannot be plugged in: {error}") from error
-
-    def _free_slot(self, device: DeviceConfig) -> int:
-        taken = {slot.device: owner for slot, owner in self.pci.slots()}
-        wished = {other.slot for other in self.config.devices if other is not device}
-        if device.slot is None:
-            for number in range(1, 32):
-                if number not in taken and number not in wished:
-                    return number
-            raise UserError(f"device '{device.name}': all 31 PCI slots are taken")
-        if device.slot in taken:
-            raise UserError(
-                f"device '{device.name}': slot {device.slot} is taken by '{taken[device.slot]}'"
-            )
-        return device.slot
 
     # What the parts tell each other.
 

@@ -9,7 +9,6 @@ from devices.errors import DeviceFailure
 from devices.irqchip.ioapic import PINS
 from devices.irqchip.pc import IrqChip
 from devices.pci.host_bridge import PciRoot
-from devices.pci.intx import Slot
 from proxy.shape import ISA_LINES
 from vmm.attachment import Attachment
 from vmm.console import ConsoleBuffer
@@ -74,7 +73,7 @@ class Wiring:
             return
         if attachment.slot is not None:
             if self.pci is not None:
-                self.pci.set_intx(Slot(attachment.slot), pin, level)
+                self.pci.set_intx(attachment.slot, pin, level)
         elif attachment.irq is not None and pin == 0:
             self.isa_line(attachment.irq, level, name)
 

@@ -1,12 +1,13 @@
 """The capability list of a configuration space, and the capabilities that need no code.
 
-Sources: PCI Local Bus Specification 3.0, section 6.7 and appendix H.
+Sources: PCI Local Bus Specification 3.0, section 6.7 and appendix H; PCI Bus Power Management
+Interface Specification 1.2, section 3.2; the ECN "Advanced Capabilities for Conventional PCI".
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from devices.pci.contract import CONFIG_REGISTERS
@@ -14,6 +15,8 @@ from devices.pci.registers import Field
 
 CAPABILITIES_START = 0x40
 """Where device-specific registers begin, and with them our capability list."""
+
+_MOST_CAPABILITIES = (4 * CONFIG_REGISTERS - CAPABILITIES_START) // 4
 
 
 class CapabilityId(enum.IntEnum):
@@ -23,6 +26,7 @@ class CapabilityId(enum.IntEnum):
     MSI = 0x05
     VENDOR_SPECIFIC = 0x09
     MSI_X = 0x11
+    ADVANCED_FEATURES = 0x13
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,28 @@ class Capability:
     id: int
     length: int
     fields: tuple[Field, ...] = ()
+
+
+POWER_MANAGEMENT = Capability(
+    CapabilityId.POWER_MANAGEMENT,
+    8,
+    (
+        # Version 3, neither D1 nor D2, no PME#.
+        Field("pmc", 2, 2, 3),
+        # D0 or D3hot; No_Soft_Reset: what was set up in D0 is still there after D3hot.
+        Field("pmcsr", 4, 2, 1 << 3, writable=0b11),
+    ),
+)
+"""What `Header.power_management` adds."""
+
+FUNCTION_RESET = Capability(
+    CapabilityId.ADVANCED_FEATURES,
+    6,
+    # AF_CAP: transactions pending and function-level reset. AF_CTRL reads as zero, and since
+    # a reset is over when the write is, so does AF_STATUS.
+    (Field("length", 2, 1, 6), Field("af_cap", 3, 1, 0b11)),
+)
+"""What `Header.function_reset` adds."""
 
 
 def vendor_capability(body: bytes) -> Capability:
@@ -76,3 +102,31 @@ def capability_fields(capabilities: Sequence[Capability]) -> list[Field]:
             )
         start = following
     return fields
+
+
+def capability_start(capabilities: Sequence[Capability], wanted: int) -> int | None:
+    """The offset in bytes of the first one with this id, as `capability_fields` lays them out."""
+    start = CAPABILITIES_START
+    for item in capabilities:
+        if item.id == wanted:
+            return start
+        start += (item.length + 3) // 4 * 4
+    return None
+
+
+def find_capabilities(read_config: Callable[[int], int]) -> dict[int, int]:
+    """The offset of the first capability of each id, by walking the list of any function.
+
+    A list that leaves the space of capabilities or never ends is followed as far as it makes sense.
+    """
+    found: dict[int, int] = {}
+    if not read_config(1) >> 16 & 0x10:
+        return found
+    start = read_config(13) & 0xFC
+    for _ in range(_MOST_CAPABILITIES):
+        if start < CAPABILITIES_START:
+            break
+        dword = read_config(start // 4)
+        found.setdefault(dword & 0xFF, start)
+        start = dword >> 8 & 0xFC
+    return found

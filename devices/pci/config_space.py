@@ -27,7 +27,10 @@ of BAR 0, the pending bits at 0xC00.
 BAR 2, 64-bit prefetchable memory, 64 KiB (or `ram_size`): memory that starts as zeros. Only pages
 that were written to are kept and saved.
 
-Capabilities: 0x09 (vendor-specific) with the bytes ``jailed``, 0x11 (MSI-X).
+Capabilities: 0x09 (vendor-specific) with the bytes ``jailed``, 0x01 (power management), 0x13
+(function-level reset, which brings back all registers and empties the memory), 0x11 (MSI-X).
+
+Expansion ROM: the file given by `rom`, if any.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from devices.bus import BusType
-from devices.contract import U16, DeviceHost
+from devices.contract import U16, DeviceHost, FileBytes
 from devices.pci.capability import vendor_capability
 from devices.pci.config import Header
 from devices.pci.contract import BarInfo
@@ -68,11 +71,15 @@ LARGEST_RAM = 16 << 20
 
 @dataclass
 class ConfigSpaceOptions:
-    """`ram_size`: bytes behind BAR 2, a power of two from 4 KiB to 16 MiB."""
+    """`ram_size`: bytes behind BAR 2, a power of two from 4 KiB to 16 MiB.
+
+    `rom`: a file with an expansion ROM, up to 4 MiB.
+    """
 
     vendor_id: U16 = 0x1234
     device_id: U16 = 0xC501
     ram_size: int = 0x10000
+    rom: FileBytes = b""
 
     def __post_init__(self) -> None:
         if self.ram_size & (self.ram_size - 1) or not PAGE <= self.ram_size <= LARGEST_RAM:
@@ -119,6 +126,9 @@ class ConfigSpaceDevice(PciFunction):
             ),
             capabilities=(vendor_capability(b"jailed"),),
             msix=MSIX,
+            power_management=True,
+            function_reset=True,
+            rom=self.options.rom,
         )
 
     def read_bar(self, bar: int, offset: int, size: int) -> int:
@@ -183,6 +193,10 @@ class ConfigSpaceDevice(PciFunction):
         for name, page in state.pages.items():
             if name not in self._names or len(page) != PAGE:
                 raise ValueError(f"there is no page of {len(page)} bytes at {name}")
+
+    def reset(self) -> None:
+        self._file.reset()
+        self.state.pages.clear()
 
     def restored(self) -> None:
         self._file.load(self.state.registers)
