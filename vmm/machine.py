@@ -123,7 +123,7 @@ class Machine:
         isolated: bool = True,
         addr: int | None = None,
         irq: int | None = None,
-        slot: int | None = None,
+        slot: int | str | None = None,
         may_exit: bool = False,
         **options: Any,
     ) -> str:
