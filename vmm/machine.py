@@ -28,6 +28,7 @@ from proxy.jail import JailMode
 from vmm import saving, sources
 from vmm import snapshot as snapshots
 from vmm.boot import firmware
+from vmm.boot.boot_params import LOW_MEMORY_END
 from vmm.boot.loader import load
 from vmm.boot.options import BootOptions, BootResult
 from vmm.config import (
@@ -55,12 +56,13 @@ from vmm.parts import Parts
 from vmm.pc import platform_of
 from vmm.vcpu import UNLIMITED
 
+BDA_EBDA_SEGMENT, BDA_MEMORY_KIB = 0x40E, 0x413
 KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
 """Formats that look for the board's tables; others may use that memory as they like."""
 TIMEOUT_GRACE = 1.0
 SIGNAL_GRACE = 0.2
 """Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
-_PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]*)")
+_PANIC = re.compile(rb"(?<!end )Kernel panic - not syncing: ([^\r\n]*)")
 _PANIC_REACH = 64 << 10
 """Bytes at the end of the console's output in which Linux's last words are looked for."""
 _PANIC_ENDS = frozenset((Ending.RESET, Ending.CRASHED, Ending.TIMEOUT, Ending.HALTED))
@@ -206,6 +208,9 @@ class Machine:
         if result.format in KERNELS:
             parts.memory.write(tables.start, tables.data)
             parts.memory.write(MPTABLE_ADDRESS, build_mptable(board))
+            # What kernels read of the BIOS data area: where the extended one is, and KiB below it.
+            parts.memory.write(BDA_EBDA_SEGMENT, (LOW_MEMORY_END >> 4).to_bytes(2, "little"))
+            parts.memory.write(BDA_MEMORY_KIB, (LOW_MEMORY_END >> 10).to_bytes(2, "little"))
         self._play_firmware(board)
         parts.cpu.set_state(result.state)
         parts.symbols = result.symbols

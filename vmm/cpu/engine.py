@@ -14,6 +14,8 @@ failure ends the run, and `run` raises it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any
 
 from devices.bus import Bus
@@ -71,6 +73,14 @@ _REQUESTED = Stop(StopReason.REQUESTED)
 _STEPPED = Stop(StopReason.BUDGET)
 
 
+@dataclass
+class Traps:
+    """Exceptions and system calls that Python delivered, and the nanoseconds that took."""
+
+    count: int = 0
+    ns: int = 0
+
+
 class Cpu:
     """One vCPU over a guest memory and two buses; it begins in the state after reset.
 
@@ -98,6 +108,7 @@ class Cpu:
         self._kicked = False
         self._requested = False
         self._counting = False
+        self.traps = Traps()
         self._final: Stop | None = None
         self._failure: BaseException | None = None
         self._regions = [(region.start, region.end) for region in memory.regions]
@@ -345,15 +356,19 @@ class Cpu:
         engine.hook_instruction(REG.UC_X86_INS_SYSENTER, on_sysenter)
 
     def _guarded(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        fail, stop = self._fail, self._engine.stop
+        fail, stop, traps = self._fail, self._engine.stop, self.traps
 
         def guarded(*arguments: Any) -> Any:
+            began = perf_counter_ns()
             try:
                 return action(*arguments)
             except BaseException as failure:
                 fail(failure)
                 stop()
                 return 1
+            finally:
+                traps.count += 1
+                traps.ns += perf_counter_ns() - began
 
         return guarded
 
