@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from fakes import FakeHost
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices.contract import Device, HasWork, TakesTurns
+from devices.bus import BusType
+from devices.contract import Device, HasWork, Region, TakesTurns
 from devices.dma import DmaFault, DmaMemory
 
 PAGE = 4096
@@ -198,6 +202,29 @@ def test_with_a_virtual_clock_work_belongs_to_the_turn() -> None:
     worker.more_work = 2
     host.turns.write(worker.write, 0, 1, 0)
     assert worker.story == ["write", "turn", "work", "turn", "work", "turn"]
+    assert host.calls == [("wrote_pages", 0, 1)]
+
+
+def test_the_example_of_the_documentation_works() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()
+    block = text.partition("```python\nclass Doubler")[2].partition("```")[0]
+    names: dict[str, Any] = {
+        "Device": Device,
+        "Region": Region,
+        "BusType": BusType,
+        "DmaFault": DmaFault,
+        "__name__": "example",
+    }
+    exec("class Doubler" + block, names)
+    host = FakeHost()
+    ram = host.ram(PAGE)
+    ram[8:12] = (21).to_bytes(4, "little")
+    doubler = names["Doubler"](host)
+    assert doubler.dma
+    assert doubler.regions()[0].synced
+    for address in (8, PAGE - 3, 0xFFFF_FFFF):
+        host.turns.write(doubler.write, 0, 4, address)
+    assert ram[8:12] == (42).to_bytes(4, "little")
     assert host.calls == [("wrote_pages", 0, 1)]
 
 
