@@ -24,7 +24,7 @@ class Ram:
     def __init__(self) -> None:
         self.told: list[tuple[int, int]] = []
         self.low, self.high = bytearray(LOW), bytearray(HIGH)
-        self.memory = DmaMemory(lambda first, count: self.told.append((first, count)))
+        self.memory = DmaMemory(self.told.extend)
         self.memory.map([(0, memoryview(self.low)), (HIGH_START, memoryview(self.high))])
 
 
@@ -69,7 +69,7 @@ def test_reads_and_writes_reach_the_last_byte_of_each_region() -> None:
 
 
 def test_without_a_region_everything_is_a_fault() -> None:
-    memory = DmaMemory(lambda first, count: None)
+    memory = DmaMemory(lambda runs: None)
     with pytest.raises(DmaFault):
         memory.read(0, 1)
 
@@ -101,7 +101,7 @@ def test_flush_tells_every_written_page_once(writes: list[tuple[int, int, bool]]
 
 def test_many_scattered_writes_are_kept_in_bounds() -> None:
     told: list[tuple[int, int]] = []
-    memory = DmaMemory(lambda first, count: told.append((first, count)))
+    memory = DmaMemory(told.extend)
     memory.map([(0, memoryview(bytearray(8192 * PAGE)))])
     for round_ in range(3):
         for page in range(0, 8192, 2):
