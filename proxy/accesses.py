@@ -299,7 +299,7 @@ class Accesses:
                     None, bytes(buffer[:got])
                 ):
                     link.dropped_writes += 1
-                elif not tubed & _TICK:
+                elif not tubed & _TICK and not shared.shares:
                     tick()
 
             handler.read, handler.write = read, synced_write if waits else write
