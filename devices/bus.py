@@ -6,13 +6,14 @@ Rules:
 - An access belongs to a device only if *all* its bytes lie in one range of it. An access that
   straddles a border, or that nobody claims, reads all-ones, is dropped when it writes, and is
   counted.
-- The path of an access is hot: no allocation, no dictionary, no logging.
+- The path of an access is hot: no dictionary, no logging; one tuple, for crash reports.
 """
 
 from __future__ import annotations
 
 import enum
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter_ns
@@ -28,6 +29,10 @@ class BusType(enum.StrEnum):
 
     PIO = "pio"
     MMIO = "mmio"
+
+
+KEPT_ACCESSES = 12
+"""Accesses that are remembered for a crash report."""
 
 
 class BusDevice(Protocol):
@@ -87,6 +92,7 @@ class BusEntry:
 
     range: Range
     owner: str
+    kind: BusType
     device: BusDevice
     stats: AccessStats
     start: int = 0
@@ -120,16 +126,28 @@ class BusEntry:
         self.read, self.write = timed_read, timed_write
 
 
+Access = tuple["BusEntry | Bus", bool, int, int, int]
+"""Whose it was (the bus itself's if nobody claims it), whether it writes, address, size, value."""
+
+
 class Bus:
     """One address space and the devices in it.
 
     Args:
         kind: which space this is; used in messages only.
         limit: the first address past the space (0x10000 for port I/O).
+        recent: of a bus whose last accesses are remembered in one order with those of this.
     """
 
-    def __init__(self, kind: BusType, limit: int = ADDRESS_LIMIT) -> None:
+    owner = ""
+
+    def __init__(
+        self, kind: BusType, limit: int = ADDRESS_LIMIT, recent: deque[Access] | None = None
+    ) -> None:
         self.kind = kind
+        self.recent: deque[Access] = deque(maxlen=KEPT_ACCESSES) if recent is None else recent
+        """The last accesses, the latest at the end."""
+        self._note = self.recent.append
         self.limit = limit
         self.unclaimed_reads = 0
         self.unclaimed_writes = 0
@@ -163,7 +181,7 @@ class Bus:
             raise RangeConflict(f"{self.kind} {claimed} leaves the space of {self.limit:#x}")
         self._check_free(claimed)
         stats = self._stats.setdefault(owner, AccessStats())
-        entry = BusEntry(claimed, owner, device, stats)
+        entry = BusEntry(claimed, owner, self.kind, device, stats)
         entry.set_timed(self._timed)
         index = bisect_right(self._starts, claimed.start)
         self._starts.insert(index, claimed.start)
@@ -197,8 +215,11 @@ class Bus:
             entry = self._entries[index]
             if address + size <= entry.end:
                 entry.stats.reads += 1
-                return entry.read(address - entry.start, size)
+                value = entry.read(address - entry.start, size)
+                self._note((entry, False, address, size, value))
+                return value
         self.unclaimed_reads += 1
+        self._note((self, False, address, size, ALL_ONES[size]))
         if self.on_unclaimed is not None:
             self.on_unclaimed("read", address, size, ALL_ONES[size])
         return ALL_ONES[size]
@@ -210,9 +231,11 @@ class Bus:
             entry = self._entries[index]
             if address + size <= entry.end:
                 entry.stats.writes += 1
+                self._note((entry, True, address, size, value))
                 entry.write(address - entry.start, size, value & ALL_ONES[size])
                 return
         self.unclaimed_writes += 1
+        self._note((self, True, address, size, value))
         if self.on_unclaimed is not None:
             self.on_unclaimed("write", address, size, value)
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+FileBytes = Annotated[bytes, msgspec.Meta(description="the contents of a file")]
+"""The type of an option that a user sets to the name of a file, see `registry.inline_files`."""
 
 
 @dataclass(frozen=True, slots=True)

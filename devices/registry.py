@@ -6,6 +6,7 @@ the form ``package.module:Class`` names a model that is not in this table.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib
 import typing
@@ -14,15 +15,19 @@ from typing import Any
 
 import msgspec
 
-from devices.contract import Device
+from devices.contract import Device, FileBytes
 from devices.errors import UserError
 
 MODELS: dict[str, str] = {
     "serial": "devices.serial:Serial",
     "echo": "devices.echo:Echo",
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
+    "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
 }
+
+LARGEST_FILE = 4 << 20
+"""Bytes of a file that an option may name."""
 
 
 def load(model: str) -> type[Device]:
@@ -72,6 +77,33 @@ def parse_options(model: type[Device], given: Mapping[str, Any]) -> Any:
         return model.Options(**values)
     except (ValueError, TypeError) as error:
         raise UserError(f"device '{model.model}': {error}") from error
+
+
+def inline_files(model: type[Device], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the files that they name read in: options of the type `FileBytes`.
+
+    What a device process could not open itself becomes part of the configuration, as base64 text.
+
+    Raises:
+        UserError: a file that cannot be read, or is larger than `LARGEST_FILE`.
+    """
+    hints = typing.get_type_hints(model.Options, include_extras=True)
+    inlined = dict(options)
+    for key, value in options.items():
+        if hints.get(key.replace("-", "_")) != FileBytes or not isinstance(value, str):
+            continue
+        try:
+            with open(value, "rb") as file:
+                data = file.read(LARGEST_FILE + 1)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"device '{model.model}': {key}={value}: {reason}") from error
+        if len(data) > LARGEST_FILE:
+            raise UserError(
+                f"device '{model.model}': {key}={value}: it has more than {LARGEST_FILE >> 20} MiB"
+            )
+        inlined[key] = base64.b64encode(data).decode()
+    return inlined
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -42,6 +42,10 @@ def program(name: str, data: bytes) -> Entry:
     return Entry(name, stat.S_IFREG | 0o755, data)
 
 
+def file(name: str, data: bytes, permissions: int = 0o644) -> Entry:
+    return Entry(name, stat.S_IFREG | permissions, data)
+
+
 def symlink(name: str, target: str) -> Entry:
     return Entry(name, stat.S_IFLNK | 0o777, target.encode())
 

@@ -1,8 +1,8 @@
 """``python -m guests.linux DIR``: a Linux kernel and a small root file system, ready to boot.
 
-Both come from the packages of a Debian or Ubuntu system: the kernel as it is, and busybox, around
-which an initramfs is built here. Nothing is installed and root is not needed: the packages are
-downloaded by apt, which checks their signatures, and one file is taken out of each.
+Both come from the packages of a Debian or Ubuntu system: the kernel as it is, its modules for the
+devices of this project, and busybox, around which an initramfs is built here; ``--with PACKAGE``
+adds other programs. Nothing is installed and root is not needed.
 
 DIR gets ``vmlinuz``, ``initramfs.cpio.gz`` and ``linux-guest.json``, which says what they were made
 of. A second call finds them complete and does nothing; ``--update`` asks for newer packages.
@@ -17,16 +17,16 @@ import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from guests import cpio
+from guests import cpio, modules, packages
+from guests.packages import GuestError
 
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64")
 """Tried in this order: Debian's kernel for virtual machines, Ubuntu's, Debian's for anything."""
@@ -37,16 +37,41 @@ KERNEL, INITRAMFS, RECORD = "vmlinuz", "initramfs.cpio.gz", "linux-guest.json"
 READY = "linux-guest: ready"
 """The line that `INIT` prints before the first prompt."""
 
-RECIPE = 1
+MODULES = (
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "virtio_balloon",
+    "virtiofs",
+    "9p",
+    "9pnet_virtio",
+    "vmw_vsock_virtio_transport",
+    "pvpanic_pci",
+    "ata_piix",
+    "ata_generic",
+)
+"""Kernel modules that the initramfs has, if the kernel does; what a guest's devices need of them
+is loaded at boot."""
+
+RECIPE = 2
 """Counts changes to what this module builds; files of another recipe are built anew."""
 
 INIT = f"""\
 #!/bin/sh
-export PATH=/bin HOME=/root PS1='\\w # '
+export PATH=/usr/bin:/usr/sbin:/bin:/sbin HOME=/root PS1='\\w # '
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
+if [ -d /lib/modules ]; then
+    echo /bin/modprobe >/proc/sys/kernel/modprobe
+    # Drivers for what is there; once more for the devices behind a bus that a driver brought.
+    for round in 1 2; do
+        modprobe -qab $(find /sys/devices -name modalias -exec sort -u {{}} +) 2>/dev/null
+    done
+fi
 # What poweroff, halt and reboot without -f send to process 1.
 trap 'poweroff -f' USR2
 trap 'halt -f' USR1
@@ -59,11 +84,22 @@ while :; do
 done
 """
 
-_MEMBER_LIMIT = 256 << 20
+_KERNEL_FILES = rf"boot/vmlinuz-.*|{modules.PATH}"
 
 
-class GuestError(Exception):
-    """The guest cannot be made ready; the text says why and what helps."""
+@dataclass(frozen=True)
+class Order:
+    """What the user asks for.
+
+    Attributes:
+        kernel: the kernel's package; None looks for a known one.
+        modules: kernel modules; those that they depend on come by themselves.
+        packages: more packages for the initramfs; the libraries that they need come by themselves.
+    """
+
+    kernel: str | None = None
+    modules: Sequence[str] = MODULES
+    packages: Sequence[str] = ()
 
 
 @dataclass
@@ -72,11 +108,13 @@ class Record:
 
     Attributes:
         recipe: `RECIPE` of the version that built it.
+        order: what was asked for.
         packages: package -> version.
         files: file -> SHA-256 of its contents.
     """
 
     recipe: int
+    order: dict[str, Any]
     packages: dict[str, str]
     files: dict[str, str]
 
@@ -91,6 +129,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, metavar="DIR", help="where they go; made if absent")
     parser.add_argument("--update", action="store_true", help="look for newer packages")
     parser.add_argument("--kernel", metavar="PACKAGE", help="the kernel's package")
+    parser.add_argument(
+        "--with",
+        dest="packages",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="add the files of this package and the libraries that it needs (repeatable)",
+    )
+    parser.add_argument(
+        "--module",
+        dest="modules",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="add this kernel module, with those that it depends on, to the usual ones: "
+        f"{', '.join(MODULES)} (repeatable)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print only errors")
     args = parser.parse_args(arguments)
 
@@ -98,11 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not args.quiet:
             print(text, flush=True)
 
+    order = Order(args.kernel, [*MODULES, *args.modules], args.packages)
     try:
-        if not args.update and args.kernel is None and is_complete(args.directory):
+        if not args.update and is_complete(args.directory, order):
             say(f"{args.directory}: complete already (--update looks for newer packages)")
         else:
-            prepare(args.directory, args.kernel, say)
+            prepare(args.directory, order, say)
     except GuestError as error:
         print(f"guests.linux: {error}", file=sys.stderr)
         return 2
@@ -120,12 +176,13 @@ def boot_command(directory: Path) -> str:
     return f'python -m vmm boot {kernel} --initrd {initramfs} --append "console=ttyS0"'
 
 
-def is_complete(directory: Path) -> bool:
-    """Whether `directory` holds what this version builds, unchanged since."""
+def is_complete(directory: Path, order: Order | None = None) -> bool:
+    """Whether `directory` holds what this version builds for `order`, unchanged since."""
     try:
         record = Record(**json.loads((directory / RECORD).read_bytes()))
         return (
             record.recipe == RECIPE
+            and record.order == json.loads(json.dumps(asdict(order or Order())))
             and record.files.keys() == {KERNEL, INITRAMFS}
             and all(_digest((directory / n).read_bytes()) == d for n, d in record.files.items())
         )
@@ -133,136 +190,89 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def prepare(directory: Path, kernel: str | None, say: Callable[[str], None]) -> None:
+def prepare(directory: Path, order: Order, say: Callable[[str], None]) -> None:
     """Download the packages and write the files.
 
     Args:
-        kernel: the kernel's package; None looks for a known one.
         say: takes lines about the progress.
 
     Raises:
         GuestError: there is no apt here, no such package, or no network.
         OSError: `directory` cannot be written.
     """
-    for tool in ("apt-get", "apt-cache", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise GuestError(
-                f"there is no {tool} here: this needs a Debian or Ubuntu system. Elsewhere give "
-                f"`python -m vmm boot` any x86-64 kernel, and copy {INITRAMFS} from such a system"
-            )
-    names = [
-        find_package((kernel,) if kernel else KERNEL_PACKAGES, r"linux-image-(unsigned-)?\d"),
-        find_package(BUSYBOX_PACKAGES, r"busybox-static"),
-    ]
+    packages.check_tools()
+    kernel = packages.find(
+        (order.kernel,) if order.kernel else KERNEL_PACKAGES, r"linux-image-(unsigned-)?\d"
+    )
+    busybox = packages.find(BUSYBOX_PACKAGES, r"busybox-static")
+    added = dict.fromkeys(packages.find((name,), re.escape(name)) for name in order.packages)
+    libraries = dict.fromkeys(each for name in added for each in packages.libraries(name))
     directory.mkdir(parents=True, exist_ok=True)
-    contents, versions = [], {}
-    for name, member in zip(names, (r"\./boot/vmlinuz-.*", r"\./(usr/)?bin/busybox"), strict=True):
+    versions: dict[str, str] = {}
+
+    @contextmanager
+    def fetched(name: str) -> Iterator[packages.Package]:
         say(f"downloading {name}")
-        # Beside its destination: this file system is the one known to have room.
-        with tempfile.TemporaryDirectory(prefix=".packages-", dir=directory) as work:
-            package = download(name, Path(work))
-            versions[name] = _run("dpkg-deb", "--field", str(package), "Version").strip()
-            contents.append(extract(package, member))
+        with packages.work_directory(directory) as work:
+            package = packages.download(name, Path(work))
+            versions[name] = package.version
+            yield package
+
+    with fetched(kernel) as package:
+        members = {info.name: data for info, data in package.members(_KERNEL_FILES)}
+    images = [data for name, data in members.items() if name.startswith("boot/")]
+    if not images:
+        raise GuestError(f"{kernel} has no file like boot/vmlinuz-*")
+    # Ubuntu has the modules in a package of their own.
+    for name in packages.depends(kernel) if len(members) == 1 and order.modules else ():
+        if name.startswith("linux-modules-"):
+            with fetched(name) as package:
+                members |= {info.name: data for info, data in package.members(modules.PATH)}
+    with fetched(busybox) as package:
+        programs = [data for _, data in package.members(r"(usr/)?bin/busybox")]
+    if not programs:
+        raise GuestError(f"{busybox} has no file like bin/busybox")
+    chosen, missing = modules.select(members, order.modules)
+    if missing and chosen:
+        say(f"no modules of this kernel: {', '.join(missing)}")
+    extras = modules.entries(chosen)
+    for name in (*libraries, *(each for each in added if each not in libraries)):
+        with fetched(name) as package:
+            extras += package.entries(libraries_only=name not in added)
     say(f"building {INITRAMFS}")
-    files = {KERNEL: contents[0], INITRAMFS: initramfs(contents[1])}
+    files = {KERNEL: images[0], INITRAMFS: initramfs(programs[0], extras)}
     for file, data in files.items():
         _write(directory / file, data)
         say(f"{directory / file}: {len(data) / 1e6:.1f} MB")
-    record = Record(RECIPE, versions, {file: _digest(data) for file, data in files.items()})
+    digests = {file: _digest(data) for file, data in files.items()}
+    record = Record(RECIPE, asdict(order), versions, digests)
     _write(directory / RECORD, json.dumps(asdict(record), indent=2).encode() + b"\n")
 
 
-def find_package(candidates: Sequence[str], real: str) -> str:
-    """The first candidate that apt knows, or what it depends on if it is only a name for that.
+def initramfs(busybox: bytes, extras: Iterable[cpio.Entry] = ()) -> bytes:
+    """The compressed root file system around a static busybox; same input, same bytes.
 
     Args:
-        real: pattern of the names of packages that hold files.
-
-    Raises:
-        GuestError: apt knows none of them.
+        extras: more files; of two with one name the first counts.
     """
-    foreign = _run("dpkg", "--print-architecture").strip() != "amd64"
-    for candidate in candidates:
-        name = f"{candidate}:amd64" if foreign and ":" not in candidate else candidate
-        if re.match(real, name):
-            if "Package:" in _run("apt-cache", "show", "--no-all-versions", name, check=False):
-                return name
-            continue
-        for line in _run("apt-cache", "depends", name, check=False).splitlines():
-            kind, _, dependency = line.strip().partition(": ")
-            if kind == "Depends" and re.match(real, dependency):
-                return dependency
-    hint = "dpkg --add-architecture amd64 && apt-get update" if foreign else "apt-get update"
-    raise GuestError(f"apt knows no package {' or '.join(candidates)}; as root: {hint}")
-
-
-def download(name: str, directory: Path) -> Path:
-    """Fetch a package into `directory`.
-
-    Raises:
-        GuestError: apt could not.
-    """
-    # The sandbox user of apt may not be allowed into the directory; only root has one.
-    _run("apt-get", "--quiet", "-o", "APT::Sandbox::User=root", "download", name, cwd=directory)
-    packages = list(directory.glob("*.deb"))
-    if len(packages) != 1:
-        raise GuestError(f"apt-get download {name} left {len(packages)} packages, not one")
-    return packages[0]
-
-
-def extract(package: Path, member: str) -> bytes:
-    """The one file of a package whose name matches `member`.
-
-    Raises:
-        GuestError: it has no such file, or it is damaged.
-    """
-    with subprocess.Popen(
-        ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE
-    ) as process:
-        try:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                for info in archive:
-                    if info.isfile() and re.fullmatch(member, info.name):
-                        file = archive.extractfile(info)
-                        assert file is not None
-                        return file.read(_MEMBER_LIMIT)
-        except (tarfile.TarError, EOFError) as error:
-            raise GuestError(f"{package.name} is damaged: {error}") from error
-        finally:
-            process.kill()
-    raise GuestError(f"{package.name} has no file like {member}")
-
-
-def initramfs(busybox: bytes) -> bytes:
-    """The compressed root file system around a static busybox; same input, same bytes."""
-    archive = cpio.pack(
-        (
-            *(cpio.directory(name) for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp")),
-            # The kernel opens it for process 1, before anything is mounted on /dev.
-            cpio.character_device("dev/console", 5, 1),
-            cpio.program("bin/busybox", busybox),
-            cpio.symlink("bin/sh", "busybox"),
-            cpio.program("init", INIT.encode()),
-        )
-    )
-    return gzip.compress(archive, 9, mtime=0)
-
-
-def _run(*command: str, check: bool = True, cwd: Path | None = None) -> str:
-    """What a command prints, in the C locale."""
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if check and done.returncode:
-        reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise GuestError(f"{' '.join(command)}: {reason[-1]}")
-    return done.stdout if done.returncode == 0 else ""
+    entries = [
+        *(cpio.directory(name) for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp")),
+        # The kernel opens it for process 1, before anything is mounted on /dev.
+        cpio.character_device("dev/console", 5, 1),
+        cpio.program("bin/busybox", busybox),
+        cpio.symlink("bin/sh", "busybox"),
+        cpio.program("init", INIT.encode()),
+    ]
+    there = {entry.name for entry in entries}
+    for entry in extras:
+        for parent in reversed(PurePosixPath(entry.name).parents):
+            if str(parent) not in (".", *there):
+                there.add(str(parent))
+                entries.append(cpio.directory(str(parent)))
+        if entry.name not in there:
+            there.add(entry.name)
+            entries.append(entry)
+    return gzip.compress(cpio.pack(entries), 9, mtime=0)
 
 
 def _digest(data: bytes) -> str:

@@ -185,8 +185,8 @@ def is_stateless(model: str) -> bool:
 
 # Access scripts.
 
-_CONFIG_TARGETS = (1, 1, 3, 4, 5, 6, 7, 8, 9, 15)
-"""Dwords that a guest writes: command, cache line size, BARs, interrupt line."""
+_CONFIG_TARGETS = (1, 1, 3, 4, 5, 6, 7, 8, 9, 12, 15, *range(16, 40))
+"""Dwords that a guest writes: command, cache line size, BARs, interrupt line, capabilities."""
 
 
 def script(subject: Subject, seed: int, length: int = 200) -> list[Access]:
@@ -194,7 +194,7 @@ def script(subject: Subject, seed: int, length: int = 200) -> list[Access]:
     chance = random.Random(seed)
     accesses = []
     for _ in range(length):
-        if subject.is_pci and chance.random() < 0.3:
+        if subject.is_pci and (not subject.regions or chance.random() < 0.3):
             accesses.append(_config_access(chance))
             continue
         where = chance.randrange(len(subject.regions))

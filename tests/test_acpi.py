@@ -12,6 +12,7 @@ from fake_clock import FakeClock
 from fakes import FakeHost
 
 from devices.bus import Range
+from devices.pci.ecam import ECAM
 from devices.pci.intx import IntxRouter, Slot
 from devices.platform.acpi_pm import AcpiPm
 from devices.platform.hpet import BASE as HPET_BASE
@@ -88,9 +89,16 @@ def tables() -> dict[str, bytes]:
 
 
 def test_all_tables_can_be_reached(platform: Platform) -> None:
-    names = {"RSDT", "XSDT", "FACP", "FACS", "DSDT", "APIC"}
+    names = {"RSDT", "XSDT", "FACP", "FACS", "DSDT", "APIC", "MCFG"}
     expected = names if platform.hpet is None else names | {"HPET"}
     assert read_image(place_tables(platform)).keys() == expected
+
+
+def test_configuration_space_is_where_the_root_has_it(tables: dict[str, bytes]) -> None:
+    assert struct.unpack_from("<QHBB", tables["MCFG"], 44) == (ECAM.start, 0, 0, 255)
+    assert len(tables["MCFG"]) == 60
+    taken = bytes((0x86, 9, 0, 1)) + struct.pack("<II", ECAM.start, ECAM.length)
+    assert taken in tables["DSDT"], "the board's own resources have it"
 
 
 def test_default_place_is_where_kernels_look() -> None:

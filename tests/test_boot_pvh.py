@@ -88,6 +88,7 @@ def test_start_information(memory: GuestMemory) -> None:
         (0x9FC00, 0x400, 2, 0),
         (0xE0000, 0x20000, 2, 0),
         (MIB, 63 * MIB, 1, 0),
+        (0xD000_0000, 0x1000_0000, 2, 0),
     ]
 
 

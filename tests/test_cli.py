@@ -307,3 +307,38 @@ def test_multiboot_command_line_and_module(tmp_path: Path) -> None:
     assert b"colour=blue" in done.stdout
     assert b"first" in done.stdout
     assert b"text of the module" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("c5f458c2", "unsupported instruction: vaddps ymm0, ymm1, ymm2, which needs AVX;"),
+        ("0f0b", "the guest asked for this exception itself: ud2"),
+        ("b800000020ffe0", "fetch from device memory"),  # mov eax, 0x20000000; jmp eax
+        ("66bac00eb85a000000ee eca100000020 0f0b", "write pio 0xec0,  8 bits: 0x5a (echo)"),
+        ("66bac00eb85a000000ee eca100000020 0f0b", "read  pio 0xec0,  8 bits: 0x5a (echo)"),
+        ("a100000020 0f0b", "read  mmio 0x20000000, 32 bits: 0xffffffff (nobody answers there)"),
+    ],
+)
+def test_a_crash_is_explained(tmp_path: Path, code: str, line: str) -> None:
+    (tmp_path / "crash.bin").write_bytes(bytes.fromhex(code))
+    done = run("boot", str(tmp_path / "crash.bin"))
+    assert done.returncode == 4
+    assert line in done.stderr.decode()
+
+
+def test_symbols_of_a_crash_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "crash.bin").write_bytes(b"\x90\x0f\x0b")
+    (tmp_path / "System.map").write_text("00100000 T start\n00100001 t trap\n")
+    done = run("boot", str(tmp_path / "crash.bin"), "--symbols", str(tmp_path / "System.map"))
+    assert done.returncode == 4
+    assert b", at 0x100001 <trap>" in done.stderr
+
+
+def test_a_kernel_that_gave_up_is_named(tmp_path: Path) -> None:
+    """Whatever it is: its last words on the console are Linux's, and then it resets the machine."""
+    code = bytes.fromhex("be17001000 66baf803 ac 84c0 7403 ee ebf8 66ba6400 b0fe ee")
+    (tmp_path / "panic.bin").write_bytes(code + b"Kernel panic - not syncing: Oh \x1b no!\r\n\0")
+    done = run("boot", str(tmp_path / "panic.bin"))
+    assert done.returncode == 12
+    assert done.stderr == b"vmm: reset: kernel panic: Oh ? no!\r\n"

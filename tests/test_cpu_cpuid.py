@@ -24,7 +24,7 @@ def ask(bench: Bench, leaf: int) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize(
-    "leaf", [0, 1, 2, 7, 0xD, 0x4000_0000, 0x8000_0000, 0x8000_0008, 0xFFFF_FFFF]
+    "leaf", [0, 1, 2, 7, 0xD, 0x15, 0x16, 0x4000_0000, 0x8000_0000, 0x8000_0008, 0xFFFF_FFFF]
 )
 def test_the_guest_gets_the_table(leaf: int) -> None:
     with Bench() as bench:

@@ -51,6 +51,7 @@ WAYS = ("native", "quick", "complete")
 PROGRAMS = {
     "int3": "cc",
     "int 0x80": "cd80",
+    "int3 in the shadow of mov ss": "8cd08ed0cc",
     "divide": "31c9f7f1",  # xor ecx, ecx; div ecx
     "page fault": "88042500000007",  # mov [0x7000000], al
     "not canonical": "48b800000000008000008800",  # mov rax, 0x800000000000; mov [rax], al
@@ -164,8 +165,21 @@ def test_events_cost_the_same_virtual_time() -> None:
     assert executed[0][0] > 50 * EXCEPTION_COST
 
 
+@needs_native
+def test_a_second_page_fault_is_no_double_fault() -> None:
+    """The engine would make it one, from what it remembers of the first."""
+
+    def skip_it(s: Scene) -> None:
+        fault = bytes.fromhex(PROGRAMS["page fault"])
+        s.bench.memory.write(CODE, fault * 3 + b"\xf4")
+        # add rsp, 8; add qword [rsp], 7; iretq
+        s.bench.memory.write(HANDLERS + 14, bytes.fromhex("4883c4084883042407") + b"\x48\xcf")
+
+    assert same("page fault", False, skip_it) == 3
+    assert run("native", "page fault", False, skip_it)[0][2].rip == CODE + 22
+
+
 END = SIZE
-PAGE_TABLES = (0x1000, 0x2000, 0x3000, WINDOW_TABLE)
 
 
 def _put(address: int, *longs: int) -> Callable[[Scene], None]:
@@ -229,6 +243,7 @@ HOSTILE: dict[str, tuple[bool, Callable[[Scene], None]]] = {
     "conforming code": (False, _put(GDT + 8, 0x00AF_9F00_0000_FFFF)),
     "32-bit code": (False, _put(GDT + 8, 0x00CF_9B00_0000_FFFF)),
     "code not present": (False, _put(GDT + 8, 0x00AF_1B00_0000_FFFF)),
+    "gate for ring 0 only": (True, lambda s: s.bench.gate64(3)),
     "TSS limit": (True, _tr(limit=10)),
     "TSS outside RAM": (True, _tr(base=0x80_0000)),
     "TSS not canonical": (True, _tr(base=1 << 63)),

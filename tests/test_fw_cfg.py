@@ -11,6 +11,7 @@ from fakes import FakeHost
 
 from devices.bus import Range
 from devices.errors import DeviceError
+from devices.pci.ecam import ECAM
 from devices.platform.fw_cfg import FwCfg
 from vmm.firmware.fw_cfg_items import files, items
 from vmm.firmware.platform import Platform
@@ -262,9 +263,10 @@ def test_platform_items() -> None:
     assert guest.get(3, 8) == (4 << 30).to_bytes(8, "little")
     assert guest.get(5, 2) == guest.get(0x0F, 2) == b"\x01\0"
     assert guest.file("bootorder") == b"/a\n/b\0"
-    e820 = [struct.unpack("<QQI", guest.file("etc/e820")[at : at + 20]) for at in (0, 20)]
-    assert e820 == [(extent.start, extent.length, 1) for extent in ram]
-    assert len(guest.file("etc/e820")) == 40
+    e820 = [struct.unpack("<QQI", guest.file("etc/e820")[at : at + 20]) for at in (0, 20, 40)]
+    reserved = (ECAM.start, ECAM.length, 2)
+    assert e820 == [*((extent.start, extent.length, 1) for extent in ram), reserved]
+    assert len(guest.file("etc/e820")) == 60
     assert guest.file("etc/acpi/rsdp")[:8] == b"RSD PTR "
     assert {"etc/acpi/tables", "etc/table-loader"} <= guest.directory().keys()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import shutil
 import stat
@@ -110,6 +111,9 @@ case "$*" in
 "depends linux-image-cloud-amd64")
     echo linux-image-cloud-amd64; echo "  Depends: linux-image-6.1.0-1-cloud-amd64";;
 "show --no-all-versions busybox-static") echo "Package: busybox-static";;
+"show --no-all-versions tool") echo "Package: tool";;
+"depends tool") echo tool; echo "  Depends: libtool1"; echo " |Depends: debconf";;
+"depends libtool1") echo libtool1; echo "  PreDepends: zlib1g";;
 "show --no-all-versions linux-image-9") echo "Package: linux-image-9";;
 *) echo "N: Unable to locate package" >&2; exit 100;;
 esac
@@ -148,17 +152,18 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setenv("POOL", str(pool))
-    package(pool, "linux-image-6.1.0-1-cloud-amd64", "./boot/vmlinuz-6.1.0-1", b"kernel")
-    package(pool, "busybox-static", "./bin/busybox", b"busybox")
+    package(pool, "linux-image-6.1.0-1-cloud-amd64", {"./boot/vmlinuz-6.1.0-1": b"kernel"})
+    package(pool, "busybox-static", {"./bin/busybox": b"busybox"})
     return pool
 
 
-def package(pool: Path, name: str, member: str, data: bytes) -> None:
+def package(pool: Path, name: str, members: dict[str, bytes]) -> None:
     root = pool / "root"
-    file = root / member
-    file.parent.mkdir(parents=True)
-    file.write_bytes(data)
-    (file.parent / "other").write_bytes(b"other")
+    for member, data in members.items():
+        file = root / member
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        (file.parent / "other").write_bytes(b"other")
     subprocess.run(["tar", "-C", root, "-cf", pool / f"{name}.deb", "."], check=True)
     shutil.rmtree(root)
 
@@ -242,7 +247,7 @@ def test_errors(  # noqa: PLR0917 -- fixtures
     elif broken == "no apt":
         monkeypatch.setenv("PATH", "/nowhere")
     elif broken == "no kernel":
-        package(pool, "linux-image-6.1.0-1-cloud-amd64", "./lib/nothing", b"")
+        package(pool, "linux-image-6.1.0-1-cloud-amd64", {"./lib/nothing": b""})
     elif broken == "no tar":
         kernel.write_bytes(b"no tar" * 1000)
     elif broken == "file":
@@ -256,8 +261,74 @@ def test_errors(  # noqa: PLR0917 -- fixtures
         assert list(target.iterdir()) == []
 
 
+def test_modules_come_with_what_they_need(pool: Path, tmp_path: Path) -> None:
+    name = "linux-image-6.1.0-1-cloud-amd64"
+    package(
+        pool,
+        name,
+        {
+            "./boot/vmlinuz-6.1.0-1": b"kernel",
+            **{f"./lib/modules/6.1/kernel/a/{file}": data for file, data in KO.items()},
+        },
+    )
+    arguments = [str(tmp_path / "guest"), "--quiet", "--module", "top", "--module", "no-such"]
+    assert linux.main(arguments) == 0
+    packed = gzip.decompress((tmp_path / "guest/initramfs.cpio.gz").read_bytes())
+    files = {entry.name: entry.data for entry in cpio.unpack(packed)}
+    modules_at = "lib/modules/6.1"
+    assert [file for file in files if file.endswith(".ko")] == [
+        f"{modules_at}/{module}.ko" for module in ("low_1", "low_2", "top")
+    ]
+    assert files[f"{modules_at}/low_1.ko"] == KO["low-1.ko"]
+    assert files[f"{modules_at}/top.ko"] == lzma.decompress(KO["top.ko.xz"])
+    assert files[f"{modules_at}/modules.dep"].decode().splitlines() == [
+        "low_1.ko:",
+        "low_2.ko: low_1.ko",
+        "top.ko: low_2.ko low_1.ko",
+    ]
+    assert files[f"{modules_at}/modules.alias"] == b"alias pci:v00001AF4* top\n"
+
+
+KO = {
+    "low-1.ko": b"\x7fELF\0name=low_1\0depends=\0",
+    "low_2.ko": b"\x7fELF\0depends=low-1\0",
+    "top.ko.xz": lzma.compress(b"\x7fELF\0alias=pci:v00001AF4*\0depends=low_1,low_2\0name=top\0"),
+    "other.ko": b"\x7fELF\0depends=\0",
+}
+
+
+def test_a_module_that_is_damaged(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "linux-image-6.1.0-1-cloud-amd64"
+    members = {"./boot/vmlinuz-1": b"kernel", "./lib/modules/6.1/kernel/a/top.ko.xz": b"junk"}
+    package(pool, name, members)
+    assert linux.main([str(tmp_path / "guest"), "--quiet", "--module", "top"]) == 2
+    assert "top.ko.xz cannot be unpacked" in capsys.readouterr().err
+
+
+def test_another_order_is_built_anew(pool: Path, tmp_path: Path) -> None:
+    package(pool, "tool", {"./usr/bin/tool": b"tool", "./usr/share/doc/tool/readme": b"?"})
+    package(pool, "libtool1", {"./lib/x86_64-linux-gnu/libtool.so.1": b"so", "./usr/bin/not": b""})
+    package(pool, "zlib1g", {"./usr/lib/x86_64-linux-gnu/libz.so.1": b"z"})
+    target = tmp_path / "guest"
+    counts = []
+    for arguments in ([], ["--with", "tool"], ["--with", "tool"]):
+        assert linux.main([str(target), "--quiet", *arguments]) == 0
+        counts.append(len(downloads(pool)))
+    assert counts == [2, 7, 7]
+    packed = gzip.decompress((target / "initramfs.cpio.gz").read_bytes())
+    entries = {entry.name: entry for entry in cpio.unpack(packed)}
+    assert entries["usr/bin/tool"].data == b"tool"
+    assert entries["lib/x86_64-linux-gnu/libtool.so.1"].data == b"so"
+    assert "usr/lib/x86_64-linux-gnu/libz.so.1" in entries
+    assert not {"usr/bin/not", "usr/share/doc/tool/readme"} & entries.keys()
+    seen = list(entries)
+    assert seen.index("usr") < seen.index("usr/bin") < seen.index("usr/bin/tool")
+
+
 def test_one_named_kernel(pool: Path, tmp_path: Path) -> None:
-    package(pool, "linux-image-9", "./boot/vmlinuz-9", b"nine")
+    package(pool, "linux-image-9", {"./boot/vmlinuz-9": b"nine"})
     target = tmp_path / "guest"
     assert linux.main([str(target), "--kernel", "linux-image-9", "--quiet"]) == 0
     assert (target / "vmlinuz").read_bytes() == b"nine"

@@ -93,6 +93,8 @@ def test_to_a_shell_and_off(machine: Machine) -> None:
         ("acpi=off", KernelEntry.AUTO, "XT-PIC"),
         ("noapic nolapic mitigations=off", KernelEntry.AUTO, "XT-PIC"),
         ("kaslr", KernelEntry.BZIMAGE, "IO-APIC"),
+        # This CPU does not speculate, so Linux must be told to guard against it.
+        ("pti=on spectre_v2=retpoline", KernelEntry.AUTO, "IO-APIC"),
     ],
 )
 def test_other_ways_to_boot(
@@ -100,6 +102,10 @@ def test_other_ways_to_boot(
 ) -> None:
     shell = boot(machine, append, entry)
     assert controller in shell.ask("cat /proc/interrupts")
+    if "pti=on" in append:
+        dmesg = shell.ask("dmesg")
+        assert "page tables isolation: enabled" in dmesg
+        assert "Spectre V2 : Mitigation: Retpolines" in dmesg
     machine.send("reboot -f\r")
     outcome = machine.run(timeout=60)
     assert outcome.ending in (Ending.RESET, Ending.CRASHED), outcome
@@ -117,6 +123,7 @@ def test_panic_is_seen(machine: Machine) -> None:
     outcome = machine.run(timeout=300)
     assert outcome.ending is Ending.RESET
     assert b"Kernel panic" in machine.output
+    assert outcome.detail.startswith("kernel panic: VFS: Unable to mount root fs")
 
 
 # The virtual clock.

@@ -7,21 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.bus import BusType, Range
-from devices.pci.config import (
-    BAR0,
-    COMMAND,
-    Capability,
-    CapabilityId,
-    Command,
-    ConfigSpace,
-    Header,
-    Status,
-    check_bars,
-    difference,
-    placement,
-    vendor_capability,
-)
+from devices.pci.capability import Capability, CapabilityId, vendor_capability
+from devices.pci.config import ConfigSpace, Header, Status
 from devices.pci.contract import BarInfo, RegionRange
+from devices.pci.decode import BAR0, COMMAND, Command, check_bars, difference, placement
 from devices.pci.registers import Field, RegisterFile
 
 MEMORY = BarInfo(0, 0, BusType.MMIO, 0x1000)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from devices.bus import BusType, Range
 from devices.errors import DeviceError, UserError
-from devices.pci.config import BAR0, COMMAND, Command, ConfigState, Header, Status
+from devices.pci.config import ConfigState, Header, Status
 from devices.pci.config_space import PAGE, ConfigSpaceDevice, ConfigSpaceOptions
 from devices.pci.contract import BarInfo, ConfigWriteResult, PciConfig, RegionRange
+from devices.pci.decode import BAR0, COMMAND, Command
 from devices.pci.function import PciFunction
 from devices.registry import load, parse_options
 

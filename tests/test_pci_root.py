@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from devices.bus import Bus, BusType, Range
 from devices.errors import DeviceError
-from devices.pci.config import BAR0, COMMAND, Command, Header
+from devices.pci.config import Header
 from devices.pci.config_space import ConfigSpaceDevice
 from devices.pci.contract import BarInfo, ConfigWriteResult, RegionRange
+from devices.pci.decode import BAR0, COMMAND, Command
 from devices.pci.function import PciFunction
 from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
@@ -200,9 +201,10 @@ def test_missing_functions_read_all_ones(slot: Slot) -> None:
     assert board.read(3, COMMAND) & 0xFFFF == 0
 
 
-def test_registers_past_the_conventional_space_are_nobodys() -> None:
+def test_registers_past_the_conventional_space_are_zero() -> None:
     board = Board()
-    assert board.root.read_config(0, 64) == 0xFFFF_FFFF
+    assert board.root.read_config(0, 64) == 0
+    assert board.root.read_config(8, 64) == 0xFFFF_FFFF, "nobody is there"
     board.root.write_config(0, 64, 0, b"\x00")
 
 
@@ -590,7 +592,7 @@ def restored(
 
 def test_state_goes_over_with_collisions_as_they_were() -> None:
     board, fresh = two_on_one_place(), Board()
-    old = [board.root._seats[Slot(s).number].function for s in (3, 4)]
+    old = [board.root._topology.seats[Slot(s).number].function for s in (3, 4)]
     new = [fresh.plug(3), fresh.plug(4)]
     board.write(0, COMMAND, 0x100, 2)
     board.select(3, 7)
@@ -673,16 +675,18 @@ def test_a_function_that_differs_from_the_saved_shadow_is_at_fault() -> None:
         (["bridge", "registers", 0], 0),
         (["functions"], {}),
         (["functions", "00:03.0", "owner"], "other"),
-        (["functions", "00:03.0", "command"], 4),
-        (["functions", "00:03.0", "bars"], [0] * 6),
-        (["functions", "00:03.0", "bars"], [0] * 5),
+        (["functions", "00:03.0", "shadow", "0x04"], 8),
+        (["functions", "00:03.0", "shadow", "0x04"], -1),
+        (["functions", "00:03.0", "shadow", "0x10"], 0x10),
+        (["functions", "00:03.0", "shadow", "0x3c"], 0),
+        (["functions", "00:03.0", "shadow"], {}),
         (["functions", "00:03.0", "unreachable"], [3]),
         (["functions", "00:03.0", "unreachable"], [-1]),
         (["functions", "00:03.0", "unreachable"], [0]),
         (["functions", "00:03.0", "pins"], [4]),
         (
             ["functions", "00:07.0"],
-            {"owner": "x", "command": 0, "bars": [0] * 6, "unreachable": [], "pins": []},
+            {"owner": "x", "shadow": {}, "unreachable": [], "pins": []},
         ),
         (["surprise"], 1),
     ],

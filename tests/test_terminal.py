@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from cli_rig import FLOOD, environment, faulty
+from cli_rig import FLOOD, environment, faulty, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,3 +202,32 @@ def test_the_menu_works_when_the_screen_stands_still(tmp_path: Path) -> None:
             time.sleep(0.05)
         s.pid = 0
         assert s.modes() == before
+
+
+DRAWS = bytes.fromhex(
+    "b800b8 8ec0"  # mov ax, 0xb800; mov es, ax
+    "26c606000041"  # mov byte [es:0], 'A'
+    "66b90084d717 6649 75fc"  # mov ecx, 400000000; l: dec ecx; jnz l
+    "26c606a00042"  # mov byte [es:160], 'B': the second row
+    "faf4"  # cli; hlt
+)
+
+
+def test_the_text_screen_is_drawn_while_it_changes(tmp_path: Path) -> None:
+    (tmp_path / "draws.bin").write_bytes(DRAWS)
+    with screen("boot", "draws.bin", "--mode", "16", "--screen-live", cwd=tmp_path) as s:
+        termios.tcsetwinsize(s.fd, (40, 100))
+        s.expect(rb"\x1b\[2J.*\x1b\[27;40r")  # below the ruler the rest scrolls
+        s.expect(rb"\x1b7\x1b\[1;1HA\x1b\[K\x1b8")
+        s.expect(rb"\x1b7\x1b\[2;1HB\x1b\[K\x1b8")
+        s.expect(rb"\x1b\[r")
+        assert s.end() == 0
+
+
+def test_where_there_is_no_room_changed_rows_are_told(tmp_path: Path) -> None:
+    (tmp_path / "draws.bin").write_bytes(DRAWS)
+    status, out, err = run(
+        *("boot", str(tmp_path / "draws.bin"), "--mode", "16", "--screen-live", "--screen")
+    )
+    assert (status, out) == (0, b"")
+    assert err == b"vmm: screen  1| A\r\nvmm: screen  2| B\r\nvmm: A\r\nvmm: B\r\n"

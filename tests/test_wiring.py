@@ -222,8 +222,8 @@ def test_sleep_port_bus_first_each_once_and_wake_in_reverse() -> None:
     with Machine(memory="16M", devices=()) as machine:
         for each in (
             kind("nowhere"),
-            kind("memory", (BusType.MMIO, 0xD000_0000)),
-            kind("both", (BusType.MMIO, 0xD000_1000), (BusType.PIO, 0xE10)),
+            kind("memory", (BusType.MMIO, 0xE000_0000)),
+            kind("both", (BusType.MMIO, 0xE000_1000), (BusType.PIO, 0xE10)),
             kind("ports", (BusType.PIO, 0xE00), (BusType.PIO, 0xE08)),
         ):
             machine.add_device(each, each.__name__, isolated=False)

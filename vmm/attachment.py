@@ -17,6 +17,7 @@ from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
 from devices.contract import Region, TakesInput
 from devices.errors import DeviceError, UserError
 from devices.pci.contract import BarInfo, PciConfig
+from devices.pci.intx import Slot
 from proxy.device import ProxyDevice
 from proxy.shape import Shape, wrong_shape
 from vmm.config import DeviceConfig
@@ -49,7 +50,7 @@ class Attachment:
         config: as the user gave it.
         device: the model itself or its proxy.
         handlers: what its regions are on the bus; by default what the device says.
-        slot: PCI device number, for a PCI function.
+        slot: where a PCI function is plugged in.
         irq: the ISA line of its pin, if any.
         placed: the ranges that were put on the buses for it at build time.
         local: what a device in this process has that its model does not see; None for a proxy.
@@ -58,7 +59,7 @@ class Attachment:
     config: DeviceConfig
     device: Driven
     handlers: Sequence[BusDevice] = ()
-    slot: int | None = None
+    slot: Slot | None = None
     irq: int | None = None
     placed: list[tuple[BusType, Range]] = field(default_factory=list)
     local: LocalTurns | None = None
@@ -151,7 +152,7 @@ class Attachment:
         regions = self.regions()
         fixed = [region for region in regions if region.start is not None]
         addr = self.config.addr
-        if addr is not None and (self.slot is not None or len(regions) != 1):
+        if addr is not None and (self.pci_function() or len(regions) != 1):
             raise UserError(f"device '{self.name}' has no single bus region for addr= to move")
         for region, handler in zip(regions, self.handlers, strict=True):
             start = region.start if addr is None else addr

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from devices.errors import UserError
 from proxy.jail import JailMode
 from proxy.shape import ISA_LINES
+from vmm.slots import Place
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 """Device names become file names in a snapshot, so they are kept to this."""
@@ -35,7 +36,8 @@ class DeviceConfig:
         isolated: whether it gets a jailed process; False keeps it in the machine's process.
         addr: where its only bus region starts; None: where the model says.
         irq: the ISA interrupt line (0..15, not 2) of its pin; None: what the model says.
-        slot: its PCI device number (1..31); None: the lowest that is free.
+        slot: its PCI slot, ``[BRIDGE:]DEVICE[.FUNCTION]`` (a number alone is a device); None: the
+            lowest free device of the root bus.
         may_exit: whether its exit requests are obeyed.
     """
 
@@ -45,7 +47,7 @@ class DeviceConfig:
     isolated: bool = True
     addr: int | None = None
     irq: int | None = None
-    slot: int | None = None
+    slot: int | str | None = None
     may_exit: bool = False
 
     def __post_init__(self) -> None:
@@ -53,15 +55,21 @@ class DeviceConfig:
             raise UserError(
                 f"device name '{self.name}': use 1 to 32 of a-z 0-9 . _ -, first a letter or digit"
             )
-        for key, value in (("irq", self.irq), ("slot", self.slot), ("addr", self.addr)):
+        for key, value in (("irq", self.irq), ("addr", self.addr)):
             if value is not None and type(value) is not int:
                 raise UserError(f"device '{self.name}': {key}={value!r} is not an integer")
         if self.irq is not None and self.irq not in ISA_LINES:
             raise UserError(
                 f"device '{self.name}': irq={self.irq} is not a line from 0 to 15 without 2"
             )
-        if self.slot is not None and not 1 <= self.slot <= 31:
-            raise UserError(f"device '{self.name}': slot={self.slot} is not from 1 to 31")
+        if self.slot is not None:
+            if type(self.slot) not in (int, str):
+                raise UserError(f"device '{self.name}': slot={self.slot!r} is no slot")
+            try:
+                place = Place.parse(str(self.slot))
+            except UserError as error:
+                raise UserError(f"device '{self.name}': {error}") from None
+            object.__setattr__(self, "slot", str(place))
         if self.addr is not None and not 0 <= self.addr < 1 << 64:
             raise UserError(f"device '{self.name}': addr={self.addr:#x} is no 64-bit address")
 
@@ -225,14 +233,18 @@ def device_from(
     isolation = own.pop("isolation", "jail")
     if isolation not in ("jail", "none"):
         raise UserError(f"{where}: isolation is 'jail' or 'none', not '{isolation}'")
-    general = {key: _number(where, key, own) for key in ("addr", "irq", "slot")}
+    general = {key: _number(where, key, own) for key in ("addr", "irq")}
+    slot = own.pop("slot", None)
     name = own.pop("name", None) or _free_name(model, taken)
-    registry.parse_options(registry.load(model), own)
+    kind = registry.load(model)
+    own = registry.inline_files(kind, own)
+    registry.parse_options(kind, own)
     return DeviceConfig(
         name,
         model,
         own,
         isolated=isolation == "jail",
+        slot=slot,
         may_exit=model == "debug-exit",
         **general,
     )

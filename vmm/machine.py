@@ -12,6 +12,7 @@ Everything here happens on the thread that calls `run` (the vCPU thread).
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -60,6 +61,10 @@ KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
 TIMEOUT_GRACE = 1.0
 SIGNAL_GRACE = 0.2
 """Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
+_PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]*)")
+_PANIC_REACH = 64 << 10
+"""Bytes at the end of the console's output in which Linux's last words are looked for."""
+_PANIC_ENDS = frozenset((Ending.RESET, Ending.CRASHED, Ending.TIMEOUT, Ending.HALTED))
 ELCR_HIGH = 0x4D1
 """Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
 
@@ -119,7 +124,7 @@ class Machine:
         isolated: bool = True,
         addr: int | None = None,
         irq: int | None = None,
-        slot: int | None = None,
+        slot: int | str | None = None,
         may_exit: bool = False,
         **options: Any,
     ) -> str:
@@ -226,6 +231,7 @@ class Machine:
             parts.wiring.log("pci", problem)
         level = sum(1 << irq - 8 for irq in board.level_irqs())
         parts.buses[BusType.PIO].write(ELCR_HIGH, 1, level)
+        parts.buses[BusType.PIO].recent.clear()  # that was us
 
     def run(
         self,
@@ -242,9 +248,13 @@ class Machine:
             timeout: come back (`Ending.TIMEOUT`) after so many seconds.
             budget: come back (`Ending.PAUSED`) after about so many bytes of executed code.
             steps: come back (`Ending.PAUSED`) after exactly so many instructions; slow.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, however else the run may have ended.
         """
         parts = self.parts
         vcpu = parts.vcpu
+        self._signal = 0
         watch = timer = None
         if until is not None:
             text = until.encode() if isinstance(until, str) else until
@@ -271,9 +281,19 @@ class Machine:
             if timer is not None:
                 timer.cancel()
         outcome = vcpu.take_outcome()
-        if outcome.ending is Ending.INTERRUPTED and self._signal == signal.SIGINT:
+        if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        return outcome
+        return self._with_panic(outcome)
+
+    def _with_panic(self, outcome: Outcome) -> Outcome:
+        """Say it if what looks like an ordinary end is that of a kernel that gave up."""
+        if outcome.ending not in _PANIC_ENDS:
+            return outcome
+        found = _PANIC.findall(self.console.output[-_PANIC_REACH:])
+        if not found:
+            return outcome
+        said = f"kernel panic: {found[-1].decode('utf-8', 'replace').strip()}"
+        return replace(outcome, detail=f"{outcome.detail}; {said}" if outcome.detail else said)
 
     def _noted_signal(self, number: int) -> None:
         self._signal = number

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from time import monotonic, time
 
-from devices.bus import Bus, BusType, Range
+from devices.bus import ALL_ONES, Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.child_interface import ChildInterface
@@ -29,7 +29,7 @@ from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
-from vmm.slots import plug_in
+from vmm.plugging import plug_in
 from vmm.turns import TurnGiver
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
@@ -38,8 +38,6 @@ LONG_DRAIN = 1e-3
 """Seconds of listening to one device after which the guest runs for as long."""
 LOOKS = 4
 """Looks within a deadline at whether devices do what was posted to them."""
-PCI_MMIO_TOP = 0xFEC0_0000
-"""Where the window for 32-bit BARs ends: what follows belongs to interrupt controllers."""
 PHYSICAL_LIMIT = 1 << 40
 """The guest's physical address space: 40 bits."""
 VIRTUAL_EPOCH = 1_767_225_600
@@ -108,7 +106,8 @@ class Parts:
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
-        self.buses = {BusType.PIO: Bus(BusType.PIO, 1 << 16), BusType.MMIO: mmio}
+        ports = Bus(BusType.PIO, 1 << 16, mmio.recent)
+        self.buses = {BusType.PIO: ports, BusType.MMIO: mmio}
         for region in self.memory.regions:
             mmio.reserve(Range(region.start, region.size))
         self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, tsc=self._tsc)
@@ -124,6 +123,7 @@ class Parts:
             else:
                 proxy = self._activate(start.wait(), may_map_memory(device, factory))
                 self._attach(device, Attachment(device, proxy))
+        plug_in(self.pci, self.attachments)
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
             (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
@@ -217,10 +217,10 @@ class Parts:
         function = attachment.pci_function()
         if device.name in self.wiring.attached:
             raise UserError(f"device '{device.name}' has the name of a part of the board")
-        if function is not None:
-            plug_in(self.pci, attachment, function, self.config)
-        elif device.slot is not None:
+        if function is None and device.slot is not None:
             raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
+        if function is not None and device.irq is not None:
+            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
         attachment.place(self.buses)
         self.attachments.append(attachment)
         self.wiring.attached[device.name] = attachment
@@ -308,10 +308,20 @@ class Parts:
         except Exception as error:
             self.wiring.log(name, f"close failed: {error!r}")
 
-    def _crash_report(self) -> str:
-        from vmm.cpu.report import crash_report  # loads the disassembler
+    def _crash_report(self, cause: str) -> str:
+        from vmm.cpu.report import crash_report, unknown_instruction  # loads the disassembler
 
-        return crash_report(self.cpu, self.symbols)
+        head = unknown_instruction(self.cpu) if cause.startswith("triple fault: #UD") else ""
+        return head + crash_report(self.cpu, self.symbols) + self.last_accesses()
+
+    def last_accesses(self) -> str:
+        """The last accesses of the guest to devices, a line for each, the latest at the end."""
+        lines = [
+            f"  {'write' if writes else 'read '} {where.kind} {address:#x}, {8 * size:2} bits: "
+            f"{value & ALL_ONES[size]:#x} ({where.owner or 'nobody answers there'})\n"
+            for where, writes, address, size, value in self.buses[BusType.MMIO].recent
+        ]
+        return "".join(["last accesses to devices:\n", *lines]) if lines else ""
 
     # Quiet.
 

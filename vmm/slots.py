@@ -1,46 +1,50 @@
-"""Which PCI slot a device gets."""
+"""PCI slots as a user writes them.
+
+``slot=3`` is device 3 of the root bus, ``slot=3.1`` its function 1, and ``slot=br1:3.1`` the same
+behind the bridge that is named br1.
+"""
 
 from __future__ import annotations
 
-from devices.errors import DeviceError, UserError
-from devices.pci.contract import PciConfig
-from devices.pci.host_bridge import PciRoot
-from devices.pci.intx import Slot
-from vmm.attachment import Attachment
-from vmm.config import DeviceConfig, MachineConfig
+import re
+from dataclasses import dataclass
+
+from devices.errors import UserError
+
+_FORM = re.compile(r"(?:([a-z0-9][a-z0-9._-]*):)?(0x[0-9a-f]+|[0-9]+)(?:\.([0-9]+))?")
 
 
-def plug_in(
-    root: PciRoot, attachment: Attachment, function: PciConfig, config: MachineConfig
-) -> None:
-    """Put a PCI function into the slot that it wants, or the lowest that nobody wants.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A slot as the user writes it.
 
-    Raises:
-        UserError: there is no such slot.
-        DeviceError: its BARs cannot be.
+    Attributes:
+        bridge: the name of the bridge; "" is the root.
     """
-    device = attachment.config
-    if device.irq is not None:
-        raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
-    attachment.slot = slot = _free_slot(root, device, config)
-    attachment.regions()  # that they can be is looked at before they are used
-    bars = attachment.bars()
-    try:
-        root.add(Slot(slot), function, device.name, attachment.handlers, bars)
-    except ValueError as error:
-        raise DeviceError(device.name, f"cannot be plugged in: {error}") from error
 
+    bridge: str
+    device: int
+    function: int
 
-def _free_slot(root: PciRoot, device: DeviceConfig, config: MachineConfig) -> int:
-    taken = {slot.device: owner for slot, owner in root.slots()}
-    wished = {other.slot for other in config.devices if other is not device}
-    if device.slot is None:
-        for number in range(1, 32):
-            if number not in taken and number not in wished:
-                return number
-        raise UserError(f"device '{device.name}': all 31 PCI slots are taken")
-    if device.slot in taken:
-        raise UserError(
-            f"device '{device.name}': slot {device.slot} is taken by '{taken[device.slot]}'"
-        )
-    return device.slot
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """From ``[BRIDGE:]DEVICE[.FUNCTION]``.
+
+        Raises:
+            UserError: it is none; the text does not say whose.
+        """
+        match = _FORM.fullmatch(text)
+        if match is None:
+            raise UserError(f"slot={text} is not [BRIDGE:]DEVICE[.FUNCTION]")
+        place = cls(match[1] or "", int(match[2], 0), int(match[3] or 0))
+        first = 0 if place.bridge else 1
+        if not first <= place.device <= 31:
+            raise UserError(f"slot={text} is not from {first} to 31")
+        if place.function > 7:
+            raise UserError(f"slot={text}: a device has functions 0 to 7")
+        return place
+
+    def __str__(self) -> str:
+        bridge = f"{self.bridge}:" if self.bridge else ""
+        function = f".{self.function}" if self.function else ""
+        return f"{bridge}{self.device}{function}"

@@ -56,7 +56,7 @@ class VcpuLoop:
     Args:
         between: called between slices when anything was handled; does what must not be done
             inside an engine callback (offering input to a device, for example).
-        crash_report: makes the several lines for a crash.
+        crash_report: makes the several lines for a crash, of which it is told the cause.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class VcpuLoop:
         clock: MachineClock,
         *,
         between: Callable[[], None],
-        crash_report: Callable[[], str],
+        crash_report: Callable[[str], str],
     ) -> None:
         self.stats = VcpuStats()
         self.suspended = False
@@ -190,7 +190,7 @@ class VcpuLoop:
             self._crashed(stop)
 
     def _crashed(self, stop: Stop) -> None:
-        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report()))
+        self.stop(Outcome(Ending.CRASHED, stop.detail, report=self._crash_report(stop.detail)))
 
     def _wait(self) -> None:
         begin = perf_counter()

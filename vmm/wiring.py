@@ -9,7 +9,6 @@ from devices.errors import DeviceFailure
 from devices.irqchip.ioapic import PINS
 from devices.irqchip.pc import IrqChip
 from devices.pci.host_bridge import PciRoot
-from devices.pci.intx import Slot
 from proxy.shape import ISA_LINES
 from vmm.attachment import Attachment
 from vmm.console import ConsoleBuffer
@@ -34,6 +33,8 @@ class Wiring:
         log_sink: where log lines of devices go, as they come; a new one is told first what nobody
             was there to hear.
         log_limit: what keeps a device from logging too much.
+        lost_msis: messages that were sent where no interrupt controller is, or that the guest had
+            not allowed the device to send.
     """
 
     cpu: Cpu
@@ -48,6 +49,7 @@ class Wiring:
     pci: PciRoot | None = None
     log_lines: list[tuple[str, str]] = field(default_factory=list)
     log_limit: LogLimit = field(default_factory=LogLimit)
+    lost_msis: int = 0
     _log_sink: Callable[[str, str], None] | None = None
     _isa_levels: dict[int, set[str]] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ class Wiring:
             return
         if attachment.slot is not None:
             if self.pci is not None:
-                self.pci.set_intx(Slot(attachment.slot), pin, level)
+                self.pci.set_intx(attachment.slot, pin, level)
         elif attachment.irq is not None and pin == 0:
             self.isa_line(attachment.irq, level, name)
 
@@ -94,8 +96,19 @@ class Wiring:
             self.irqchip.set_irq(irq, bool(sources))
 
     def msi(self, name: str, address: int, data: int) -> None:
-        if self.irqchip is not None and not self.irqchip.msi(address, data):
-            self.log(name, f"MSI {data:#x} to {address:#x}: no interrupt controller is there")
+        """A device sends a message; one from elsewhere than a bus master is not passed on."""
+        attachment = self.attached.get(name)
+        slot = None if attachment is None else attachment.slot
+        if self.irqchip is None or self.pci is None:
+            return
+        if slot is None or not self.pci.may_master(slot):
+            reason = "it is no bus master"
+        elif not self.irqchip.msi(address, data):
+            reason = "no interrupt controller takes it"
+        else:
+            return
+        self.lost_msis += 1
+        self.log(name, f"MSI {data:#x} to {address:#x} is lost: {reason}")
 
     def wrote_pages(self, name: str, first: int, count: int) -> None:
         self.cpu.invalidate(first << 12, count << 12)

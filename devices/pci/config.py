@@ -1,48 +1,31 @@
-"""The configuration space of one PCI function: type 0 header, capabilities, BAR placement.
+"""The configuration space of one PCI function: type 0 header and capabilities.
 
 Source: PCI Local Bus Specification 3.0, chapter 6.
-
-Where a base address register (BAR) puts its region, see `placement`:
-- nowhere while its space is not decoded (Command bits 0 and 1);
-- nowhere at address 0: that is the reset value, and system software takes it for "not assigned"
-  (6.2.5.1 leaves it open; QEMU and Linux do the same);
-- nowhere if its last byte is the top of what the register can express: that is what is left by the
-  all-ones write of sizing, which careless software does with decoding on;
-- otherwise at the address in it. Whether that address exists on the bus (port I/O ends at 64 KiB,
-  physical memory at the width of the CPU) is for the root to know, not for the function.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from devices.bus import BusType, Range
-from devices.pci.contract import CONFIG_REGISTERS, BarInfo, ConfigWriteResult, RegionRange
-from devices.pci.registers import DWORD, Field, RegisterFile
+from devices.bus import BusType
+from devices.pci.capability import (
+    CAPABILITIES_START,
+    FUNCTION_RESET,
+    POWER_MANAGEMENT,
+    Capability,
+    CapabilityId,
+    capability_fields,
+    capability_start,
+)
+from devices.pci.contract import CONFIG_REGISTERS, ROM_BAR, BarInfo
+from devices.pci.decode import Command, Decoder, bar_fields, check_bars, decoded_spaces
+from devices.pci.msi import MsiLayout
+from devices.pci.msix import MsixLayout
+from devices.pci.registers import Field
 
-COMMAND = 1
-"""The dword of Command (low half) and Status (high half)."""
-BAR0 = 4
-"""The dword of the first base address register."""
-BAR_COUNT = 6
 INTERRUPT = 15
 """The dword of Interrupt Line (byte 0) and Interrupt Pin (byte 1)."""
-
-CAPABILITIES_START = 0x40
-"""Where device-specific registers begin, and with them our capability list."""
-
-
-class Command(enum.IntFlag):
-    """The Command register (6.2.2); the bits that are not here read as zero."""
-
-    IO_SPACE = 1 << 0
-    MEMORY_SPACE = 1 << 1
-    BUS_MASTER = 1 << 2
-    PARITY_ERROR_RESPONSE = 1 << 6
-    SERR_ENABLE = 1 << 8
-    INTERRUPT_DISABLE = 1 << 10
 
 
 class Status(enum.IntFlag):
@@ -58,15 +41,6 @@ class Status(enum.IntFlag):
     DETECTED_PARITY_ERROR = 1 << 15
 
 
-class CapabilityId(enum.IntEnum):
-    """Appendix H, as far as this project uses them."""
-
-    POWER_MANAGEMENT = 0x01
-    MSI = 0x05
-    VENDOR_SPECIFIC = 0x09
-    MSI_X = 0x11
-
-
 _ERROR_BITS = int(
     Status.MASTER_DATA_PARITY_ERROR
     | Status.SIGNALED_TARGET_ABORT
@@ -79,31 +53,6 @@ _ERROR_BITS = int(
 INTX_STATUS = int(Status.INTERRUPT_STATUS) << 16
 """Interrupt Status in the `COMMAND` dword."""
 INTX_DISABLE = int(Command.INTERRUPT_DISABLE)
-_DECODES = {BusType.PIO: int(Command.IO_SPACE), BusType.MMIO: int(Command.MEMORY_SPACE)}
-
-
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """One entry of the capability list (6.7).
-
-    Attributes:
-        id: what it is, see `CapabilityId`.
-        length: in bytes with the two of the list itself, 2..192.
-        fields: its registers, with offsets from its own start; bytes 0 and 1 (ID and pointer to
-            the next) are not among them.
-    """
-
-    id: int
-    length: int
-    fields: tuple[Field, ...] = ()
-
-
-def vendor_capability(body: bytes) -> Capability:
-    """A vendor-specific capability of read-only bytes: its third byte is its length."""
-    length = 3 + len(body)
-    fields = [Field("length", 2, 1, reset=length)]
-    fields += [Field(f"body {index}", 3 + index, 1, byte) for index, byte in enumerate(body)]
-    return Capability(CapabilityId.VENDOR_SPECIFIC, length, tuple(fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +62,11 @@ class Header:
     Attributes:
         class_code: base class, sub-class and programming interface, 24 bits.
         interrupt_pin: 0 for none, 1..4 for INTA# to INTD#.
+        bars: without the ROM's, which `every_bar` has too.
+        capabilities: those that need no code here, in this order; `chain` has all.
+        power_management: it can be put into D3hot and keeps its state there.
+        function_reset: the guest may reset it alone; see `PciFunction.reset`.
+        rom: the bytes of its expansion ROM; empty: none.
 
     Raises:
         ValueError: a value does not fit, or the BARs break a rule of `check_bars`.
@@ -127,24 +81,74 @@ class Header:
     interrupt_pin: int = 0
     bars: tuple[BarInfo, ...] = ()
     capabilities: tuple[Capability, ...] = ()
+    msi: MsiLayout | None = None
+    msix: MsixLayout | None = None
+    power_management: bool = False
+    function_reset: bool = False
+    rom: bytes = b""
 
     def __post_init__(self) -> None:
         if not 0 <= self.interrupt_pin <= 4:
             raise ValueError(f"interrupt pin {self.interrupt_pin}: 0 is none, 1..4 INTA#..INTD#")
         if self.vendor_id == 0xFFFF:
             raise ValueError("vendor id 0xffff means that there is no function")
-        check_bars(self.bars)
+        check_bars(self.every_bar())
+        if self.msi is not None:
+            self.msi.check()
+        if self.msix is not None:
+            self.msix.check(self.bars)
         self.fields()
+
+    def every_bar(self) -> tuple[BarInfo, ...]:
+        """The BARs and, last, that of the ROM: a power of two of at least 2 KiB."""
+        if not self.rom:
+            return self.bars
+        size = max(1 << (len(self.rom) - 1).bit_length(), 1 << 11)
+        return (*self.bars, BarInfo(ROM_BAR, len(self.bars), BusType.MMIO, size))
+
+    def chain(self) -> tuple[Capability, ...]:
+        """The capability list, in order."""
+        chain = self.capabilities
+        if self.power_management:
+            chain += (POWER_MANAGEMENT,)
+        if self.function_reset:
+            chain += (FUNCTION_RESET,)
+        if self.msi is not None:
+            chain += (self.msi.capability(),)
+        if self.msix is not None:
+            chain += (self.msix.capability(),)
+        return chain
 
     def fields(self) -> tuple[Field, ...]:
         """The whole table: header, BARs and capabilities."""
+        rom = () if self.rom else (Field("rom", 0x30, 4),)
+        return (
+            *self.common_fields(decoded_spaces(self.every_bar())),
+            # Its bit 7, "multi-function", belongs to the root, which knows the neighbours.
+            Field("header type", 0x0E, 1),
+            *bar_fields(self.every_bar()),
+            Field("cardbus cis pointer", 0x28, 4),
+            Field("subsystem vendor id", 0x2C, 2, self.subsystem_vendor_id),
+            Field("subsystem id", 0x2E, 2, self.subsystem_id),
+            *rom,
+            Field("min_gnt", 0x3E, 1),
+            Field("max_lat", 0x3F, 1),
+        )
+
+    def common_fields(self, spaces: int) -> tuple[Field, ...]:
+        """What headers of both types have.
+
+        Args:
+            spaces: the decode bits that Command has.
+        """
         command = int(Command.BUS_MASTER | Command.PARITY_ERROR_RESPONSE | Command.SERR_ENABLE)
         command |= INTX_DISABLE if self.interrupt_pin else 0
-        status = int(Status.CAPABILITIES_LIST) if self.capabilities else 0
+        chain = self.chain()
+        status = int(Status.CAPABILITIES_LIST) if chain else 0
         return (
             Field("vendor id", 0x00, 2, self.vendor_id),
             Field("device id", 0x02, 2, self.device_id),
-            Field("command", 0x04, 2, writable=command | decoded_spaces(self.bars)),
+            Field("command", 0x04, 2, writable=command | spaces),
             Field(
                 "status",
                 0x06,
@@ -157,147 +161,12 @@ class Header:
             Field("class code", 0x09, 3, self.class_code),
             Field("cache line size", 0x0C, 1, writable=0xFF),
             Field("latency timer", 0x0D, 1),
-            # Its bit 7, "multi-function", belongs to the root, which knows the neighbours.
-            Field("header type", 0x0E, 1),
             Field("bist", 0x0F, 1),
-            *bar_fields(self.bars),
-            Field("cardbus cis pointer", 0x28, 4),
-            Field("subsystem vendor id", 0x2C, 2, self.subsystem_vendor_id),
-            Field("subsystem id", 0x2E, 2, self.subsystem_id),
-            Field("expansion rom base address", 0x30, 4),
             Field("capabilities pointer", 0x34, 1, CAPABILITIES_START if status else 0),
             Field("interrupt line", 0x3C, 1, writable=0xFF),
             Field("interrupt pin", 0x3D, 1, self.interrupt_pin),
-            Field("min_gnt", 0x3E, 1),
-            Field("max_lat", 0x3F, 1),
-            *capability_fields(self.capabilities),
+            *capability_fields(chain),
         )
-
-
-def check_bars(bars: Sequence[BarInfo]) -> None:
-    """See whether `bars` can be the base address registers of one function (6.2.5.1).
-
-    Raises:
-        ValueError: a size that is no power of two or too small or too large, a register used
-            twice or not there, registers out of order, a region mapped twice.
-    """
-    free = 0
-    regions: set[int] = set()
-    for info in bars:
-        name = f"BAR {info.bar}"
-        is_io = info.bus is BusType.PIO
-        # I/O: "must not consume more than 256 bytes per I/O Base Address register".
-        smallest, largest = (4, 256) if is_io else (16, 1 << (62 if info.is_64bit else 31))
-        if info.bar < free or info.bar + info.is_64bit >= BAR_COUNT:
-            raise ValueError(f"{name} is out of order, in use or not there")
-        if info.size & (info.size - 1) or not smallest <= info.size <= largest:
-            raise ValueError(
-                f"{name} has size {info.size:#x}: not a power of two in {smallest:#x}..{largest:#x}"
-            )
-        if is_io and (info.is_64bit or info.prefetchable):
-            raise ValueError(f"{name} maps I/O: neither 64-bit nor prefetchable")
-        if info.region < 0 or info.region in regions:
-            raise ValueError(f"{name} maps region {info.region}, which is negative or taken")
-        regions.add(info.region)
-        free = info.bar + (2 if info.is_64bit else 1)
-
-
-def decoded_spaces(bars: Sequence[BarInfo]) -> int:
-    """The Command bits that switch the decoding of these BARs on."""
-    bits = 0
-    for info in bars:
-        bits |= _DECODES[info.bus]
-    return bits
-
-
-def bar_fields(bars: Sequence[BarInfo]) -> list[Field]:
-    """The BARs as table entries: the writable mask is the address part, hence the size."""
-    fields = []
-    for info in bars:
-        offset = 4 * (BAR0 + info.bar)
-        mask = ~(info.size - 1)
-        name = f"bar {info.bar}"
-        if info.bus is BusType.PIO:
-            fields.append(Field(name, offset, 4, 0b01, mask & DWORD & ~0b11))
-            continue
-        kind = (0b1000 if info.prefetchable else 0) | (0b100 if info.is_64bit else 0)
-        fields.append(Field(name, offset, 4, kind, mask & DWORD & ~0b1111))
-        if info.is_64bit:
-            fields.append(Field(f"{name} high", offset + 4, 4, 0, mask >> 32 & DWORD))
-    return fields
-
-
-def capability_fields(capabilities: Sequence[Capability]) -> list[Field]:
-    """The capabilities laid out one after the other on dword borders, and linked."""
-    fields = []
-    start = CAPABILITIES_START
-    for index, item in enumerate(capabilities):
-        following = start + (item.length + 3) // 4 * 4
-        if item.length < 2 or start + item.length > 4 * CONFIG_REGISTERS:
-            raise ValueError(f"capability {item.id:#04x} of {item.length} bytes does not fit")
-        last = index == len(capabilities) - 1
-        fields.append(Field("capability id", start, 1, item.id))
-        fields.append(Field("next capability", start + 1, 1, 0 if last else following))
-        for part in item.fields:
-            if not 2 <= part.offset <= item.length - part.width:
-                raise ValueError(f"'{part.name}' lies outside its capability {item.id:#04x}")
-            fields.append(
-                Field(
-                    part.name,
-                    start + part.offset,
-                    part.width,
-                    part.reset,
-                    part.writable,
-                    part.clears,
-                    part.volatile,
-                )
-            )
-        start = following
-    return fields
-
-
-def placement(info: BarInfo, registers: Sequence[int]) -> Range | None:
-    """Where a BAR puts its region, given the dwords of a configuration space; None for nowhere."""
-    if not registers[COMMAND] & _DECODES[info.bus]:
-        return None
-    low = registers[BAR0 + info.bar]
-    if info.bus is BusType.PIO:
-        address, top = low & ~0b11, DWORD
-    elif info.is_64bit:
-        address, top = (low & ~0b1111) | registers[BAR0 + info.bar + 1] << 32, (1 << 64) - 1
-    else:
-        address, top = low & ~0b1111, DWORD
-    if address == 0 or address + info.size - 1 >= top:
-        return None
-    return Range(address, info.size)
-
-
-def placements(bars: Sequence[BarInfo], registers: Sequence[int]) -> list[Range | None]:
-    """`placement` of each BAR, in the order of `bars`."""
-    return [placement(info, registers) for info in bars]
-
-
-def difference(
-    bars: Sequence[BarInfo], before: Sequence[Range | None], after: Sequence[Range | None]
-) -> ConfigWriteResult:
-    """What has to change on the buses when the BARs go from one placement to another."""
-    result = ConfigWriteResult()
-    for info, old, new in zip(bars, before, after, strict=True):
-        if old == new:
-            continue
-        is_io = info.bus is BusType.PIO
-        if old is not None:
-            removed = result.io_remove if is_io else result.mmio_remove
-            removed.append(RegionRange(info.region, old))
-        if new is not None:
-            added = result.io_add if is_io else result.mmio_add
-            added.append(RegionRange(info.region, new))
-    return result
-
-
-def can_move_bars(register: int) -> bool:
-    """Whether a write to this dword can change the placement of a BAR."""
-    return register == COMMAND or BAR0 <= register < BAR0 + BAR_COUNT
 
 
 @dataclass
@@ -307,7 +176,7 @@ class ConfigState:
     registers: list[int] = field(default_factory=lambda: [0] * CONFIG_REGISTERS)
 
 
-class ConfigSpace(RegisterFile):
+class ConfigSpace(Decoder):
     """The registers of one function.
 
     Args:
@@ -318,9 +187,16 @@ class ConfigSpace(RegisterFile):
     __slots__ = ("header",)
 
     def __init__(self, header: Header, state: ConfigState | None = None) -> None:
-        values = None if state is None else state.registers
-        super().__init__(header.fields(), CONFIG_REGISTERS, values)
         self.header = header
+        power = self.capability(CapabilityId.POWER_MANAGEMENT)
+        features = self.capability(CapabilityId.ADVANCED_FEATURES)
+        super().__init__(
+            header.fields(),
+            header.every_bar(),
+            power=0 if power is None else power // 4 + 1,
+            reset=0 if features is None else features // 4 + 1,
+            values=None if state is None else state.registers,
+        )
 
     def read(self, register: int) -> int:
         """The dword at index `register`, 0..63."""
@@ -328,9 +204,4 @@ class ConfigSpace(RegisterFile):
 
     def capability(self, wanted: int) -> int | None:
         """The offset in bytes of the first capability with this id."""
-        start = CAPABILITIES_START
-        for item in self.header.capabilities:
-            if item.id == wanted:
-                return start
-            start += (item.length + 3) // 4 * 4
-        return None
+        return capability_start(self.header.chain(), wanted)

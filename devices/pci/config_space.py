@@ -20,12 +20,17 @@ offset width name             reset      writable
 0x18   4     interrupt enable 0          all bits
 ====== ===== ================ ========== ============================================
 
-The pin (INTA#) is asserted while a bit is set in both status and enable.
+The pin (INTA#) is asserted while a bit is set in both status and enable. With MSI-X enabled, a
+bit n that begins to be set in both triggers vector n mod 4 instead. The MSI-X table lies at 0x800
+of BAR 0, the pending bits at 0xC00.
 
 BAR 2, 64-bit prefetchable memory, 64 KiB (or `ram_size`): memory that starts as zeros. Only pages
 that were written to are kept and saved.
 
-Capability 0x09 (vendor-specific): the bytes ``jailed``.
+Capabilities: 0x09 (vendor-specific) with the bytes ``jailed``, 0x01 (power management), 0x13
+(function-level reset, which brings back all registers and empties the memory), 0x11 (MSI-X).
+
+Expansion ROM: the file given by `rom`, if any.
 """
 
 from __future__ import annotations
@@ -34,10 +39,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from devices.bus import BusType
-from devices.contract import U16, DeviceHost
-from devices.pci.config import Header, vendor_capability
+from devices.contract import U16, DeviceHost, FileBytes
+from devices.pci.capability import vendor_capability
+from devices.pci.config import Header
 from devices.pci.contract import BarInfo
 from devices.pci.function import PciFunction, PciState
+from devices.pci.msix import MsixLayout
 from devices.pci.registers import DWORD, Field, RegisterFile
 
 REGISTERS = (
@@ -56,6 +63,8 @@ DWORDS = 7
 
 REGISTERS_BAR, RAM_BAR, PORTS_BAR = 0, 2, 4
 PORTS = 16
+VECTORS = 4
+MSIX = MsixLayout(REGISTERS_BAR, table_offset=0x800, pba_offset=0xC00, vectors=VECTORS)
 PAGE = 4096
 LARGEST_RAM = 16 << 20
 
@@ -68,11 +77,13 @@ class ConfigSpaceOptions:
         vendor_id: as the function's header shows it.
         device_id: the same.
         ram_size: bytes behind BAR 2, a power of two from 4 KiB to 16 MiB.
+        rom: a file with an expansion ROM, up to 4 MiB.
     """
 
     vendor_id: U16 = 0x1234
     device_id: U16 = 0xC501
     ram_size: int = 0x10000
+    rom: FileBytes = b""
 
     def __post_init__(self) -> None:
         if self.ram_size & (self.ram_size - 1) or not PAGE <= self.ram_size <= LARGEST_RAM:
@@ -91,7 +102,7 @@ class ConfigSpaceState(PciState):
 
 class ConfigSpaceDevice(PciFunction):
     model: ClassVar[str] = "config-space"
-    summary: ClassVar[str] = "example PCI function: registers, memory, ports, INTA#"
+    summary: ClassVar[str] = "example PCI function: registers, memory, ports, INTA# or MSI-X"
     Options = ConfigSpaceOptions
     State = ConfigSpaceState
     options: ConfigSpaceOptions
@@ -118,6 +129,10 @@ class ConfigSpaceDevice(PciFunction):
                 BarInfo(PORTS_BAR, 2, BusType.PIO, PORTS),
             ),
             capabilities=(vendor_capability(b"jailed"),),
+            msix=MSIX,
+            power_management=True,
+            function_reset=True,
+            rom=self.options.rom,
         )
 
     def read_bar(self, bar: int, offset: int, size: int) -> int:
@@ -154,6 +169,7 @@ class ConfigSpaceDevice(PciFunction):
         return value >> 8 * lane & ((1 << 8 * size) - 1)
 
     def _write_registers(self, offset: int, size: int, value: int) -> None:
+        before = self._active()
         data = value.to_bytes(size, "little")
         while data:
             index, lane = offset >> 2, offset & 3
@@ -166,6 +182,13 @@ class ConfigSpaceDevice(PciFunction):
             self._file.update(STATUS, raised, raised)
             self._file.update(RAISE, raised, 0)
         self._follow_pin()
+        begun = self._active() & ~before
+        for bit in range(begun.bit_length() if self.msix.enabled else 0):
+            if begun >> bit & 1:
+                self.msix.trigger(bit % VECTORS)
+
+    def _active(self) -> int:
+        return self.state.registers[STATUS] & self.state.registers[ENABLE]
 
     def validate(self, state: Any) -> None:
         self._file.check(state.registers)
@@ -175,9 +198,13 @@ class ConfigSpaceDevice(PciFunction):
             if name not in self._names or len(page) != PAGE:
                 raise ValueError(f"there is no page of {len(page)} bytes at {name}")
 
+    def reset(self) -> None:
+        self._file.reset()
+        self.state.pages.clear()
+
     def restored(self) -> None:
         self._file.load(self.state.registers)
         self._follow_pin()
 
     def _follow_pin(self) -> None:
-        self.set_intx(bool(self.state.registers[STATUS] & self.state.registers[ENABLE]))
+        self.set_intx(bool(self._active()))

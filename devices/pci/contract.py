@@ -13,12 +13,17 @@ from devices.bus import BusType, Range
 CONFIG_REGISTERS = 64
 """Dwords in the conventional configuration space."""
 
+ROM_BAR = 6
+"""As a BAR number: the expansion ROM base address register."""
+VIRTUAL_RESET = 0
+"""The virtual config register to which 1 is written when the function is reset from outside."""
+
 
 class BarInfo(NamedTuple):
     """What is fixed about one base address register, told once when the device is built.
 
     Attributes:
-        bar: the number of its (first) register, 0..5.
+        bar: the number of its (first) register, 0..5, or `ROM_BAR`.
         region: the index of the region it maps, in `Device.regions()` order.
         bus: the address space.
         size: a power of two; memory at least 16 bytes, I/O at least 4.

@@ -28,21 +28,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from devices.bus import ALL_ONES, BusDevice, BusType, Range
+from devices.bus import ALL_ONES, BusDevice, BusType
 from devices.contract import Device, DeviceHost, Region, checked_state
 from devices.errors import DeviceError
-from devices.pci.config import (
-    COMMAND,
-    INTX_DISABLE,
-    INTX_STATUS,
-    ConfigSpace,
-    ConfigState,
-    Header,
-    can_move_bars,
-    difference,
-    placements,
+from devices.pci.capability import CapabilityId
+from devices.pci.config import INTX_DISABLE, INTX_STATUS, ConfigSpace, ConfigState, Header
+from devices.pci.contract import (
+    ROM_BAR,
+    VIRTUAL_RESET,
+    BarInfo,
+    ConfigWriteResult,
+    RegionRange,
 )
-from devices.pci.contract import BarInfo, ConfigWriteResult, RegionRange
+from devices.pci.decode import COMMAND
+from devices.pci.msi import Msi
+from devices.pci.msix import Msix, MsixState
 
 
 @dataclass
@@ -50,6 +50,7 @@ class PciState:
     """What every function keeps; models extend it."""
 
     config: ConfigState = field(default_factory=ConfigState)
+    msix: MsixState = field(default_factory=MsixState)
 
 
 class BarHandler:
@@ -65,6 +66,19 @@ class BarHandler:
         self.write = partial(function.write_bar, bar)
 
 
+class Rom:
+    """What sits on the bus for an expansion ROM; past its bytes all-ones, as erased flash has."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def read(self, offset: int, size: int) -> int:
+        return int.from_bytes(self._data[offset : offset + size].ljust(size, b"\xff"), "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Read-only."""
+
+
 class PciFunction(Device):
     """A function with a type 0 header; see the module's text for how to write one."""
 
@@ -75,9 +89,19 @@ class PciFunction(Device):
     def __init__(self, host: DeviceHost, options: Any = None) -> None:
         super().__init__(host, options)
         self.config = ConfigSpace(self.header(), self.state.config)
-        self._bars = self.config.header.bars
-        self._pin = self.config.header.interrupt_pin
-        self._placed: list[Range | None] = placements(self._bars, self.config.values)
+        header = self.config.header
+        self._bars = header.every_bar()
+        self._pin = header.interrupt_pin
+        control = (self.config.capability(CapabilityId.MSI_X) or 0) // 4
+        self.msix = Msix(
+            header.msix,
+            self.state.msix,
+            lambda: self.config.values[control],
+            self.config.may_master,
+            host.send_msi,
+        )
+        start = (self.config.capability(CapabilityId.MSI) or 0) // 4
+        self.msi = Msi(header.msi, self.config, start, self.config.may_master, host.send_msi)
 
     # What a model says and does.
 
@@ -92,28 +116,45 @@ class PciFunction(Device):
     def write_bar(self, bar: int, offset: int, size: int, value: int) -> None:
         """Write 1..8 bytes that lie within the region of BAR number `bar`."""
 
+    def reset(self) -> None:
+        """The guest reset the function: bring what is the model's own to where it began.
+
+        The configuration space is there already; the model's `restored` does not follow.
+        """
+
     def config_written(self, register: int) -> None:
         """The guest wrote this dword, which has its new value already."""
 
     def validate(self, state: Any) -> None:
         """Refuse a state that fits the dataclass but not this function, with a ValueError."""
 
-    # The interrupt pin.
+    # Interrupts.
+
+    def may_master(self) -> bool:
+        """Whether the guest lets it write to memory: without that it does neither DMA nor send
+        messages (6.2.2), which then wait."""
+        return self.config.may_master()
 
     def set_intx(self, level: bool) -> None:
         """Ask for an interrupt on the function's pin, or stop asking.
 
         Status.InterruptStatus follows in any case; the line only while Command.InterruptDisable
-        is clear (6.2.2, 6.2.3).
+        is clear (6.2.2, 6.2.3) and neither MSI nor MSI-X is enabled (6.8).
         """
         if level != bool(self.config.values[COMMAND] & INTX_STATUS):
+            line = self._intx_line()
             self.config.update(COMMAND, INTX_STATUS, INTX_STATUS if level else 0)
-            if not self.config.values[COMMAND] & INTX_DISABLE:
-                self.host.set_irq(level, self._pin - 1)
+            self._follow_intx(line)
 
     def _intx_line(self) -> bool:
         command_status = self.config.values[COMMAND]
-        return bool(command_status & INTX_STATUS) and not command_status & INTX_DISABLE
+        if not command_status & INTX_STATUS or command_status & INTX_DISABLE:
+            return False
+        return self.config.powered and not (self.msix.enabled or self.msi.enabled)
+
+    def _follow_intx(self, before: bool) -> None:
+        if self._intx_line() != before:
+            self.host.set_irq(not before, self._pin - 1)
 
     # PciConfig.
 
@@ -124,22 +165,32 @@ class PciFunction(Device):
         return self.config.values[register]
 
     def write_config(self, register: int, offset: int, data: bytes) -> ConfigWriteResult:
+        if self.config.asks_reset(register, offset, data):
+            return self._reset()
         line = self._intx_line()
-        self.config.write(register, offset, data)
+        result = self.config.decode_write(register, offset, data)
         self.config_written(register)
-        if register == COMMAND and self._intx_line() != line:
-            self.host.set_irq(not line, self._pin - 1)
-        if not can_move_bars(register):
-            return ConfigWriteResult()
-        before = self._placed
-        self._placed = placements(self._bars, self.config.values)
-        return difference(self._bars, before, self._placed)
+        self._follow_intx(line)
+        # Cheap, since writes are rare: any of them may have been what held a message back.
+        self.msi.retry()
+        self.msix.retry()
+        return result
+
+    def _reset(self) -> ConfigWriteResult:
+        line = self._intx_line()
+        result = self.config.decode_reset()
+        self.msix.reset()
+        self._follow_intx(line)
+        self.reset()
+        return result
 
     def read_virtual_config(self, register: int) -> int:
         return 0
 
     def write_virtual_config(self, register: int, value: int) -> None:
-        pass
+        """The machine's side: see `VIRTUAL_RESET`."""
+        if register == VIRTUAL_RESET and value & 1:
+            self._reset()
 
     def map_config(self, view: memoryview, base: int, length: int) -> bool:
         """Keep `length` bytes at `base` of `view` equal to the registers from now on.
@@ -167,17 +218,27 @@ class PciFunction(Device):
     def regions(self) -> tuple[Region, ...]:
         """One for each BAR, ordered by its region number."""
         ordered = sorted(self._bars, key=lambda info: info.region)
-        return tuple(Region(f"bar{info.bar}", info.bus, info.size) for info in ordered)
+        return tuple(
+            Region("rom" if info.bar == ROM_BAR else f"bar{info.bar}", info.bus, info.size)
+            for info in ordered
+        )
 
     def handlers(self) -> Sequence[BusDevice]:
         ordered = sorted(self._bars, key=lambda info: info.region)
-        return tuple(BarHandler(self, info.bar) for info in ordered)
+        return tuple(self._handler(info.bar) for info in ordered)
+
+    def _handler(self, bar: int) -> BusDevice:
+        if bar == ROM_BAR:
+            return Rom(self.config.header.rom)
+        plain = BarHandler(self, bar)
+        layout = self.msix.layout
+        return self.msix.handler(plain) if layout is not None and layout.bar == bar else plain
 
     def current_ranges(self) -> list[tuple[BusType, RegionRange]]:
         """Where the guest has put each region that is decoded now."""
         return [
             (info.bus, RegionRange(info.region, place))
-            for info, place in zip(self._bars, self._placed, strict=True)
+            for info, place in zip(self._bars, self.config.placed, strict=True)
             if place is not None
         ]
 
@@ -194,12 +255,13 @@ class PciFunction(Device):
         state: PciState = checked_state(self.model, saved, self.State)
         try:
             self.config.check(state.config.registers)
+            self.msix.check(state.msix)
             self.validate(state)
         except ValueError as error:
             raise DeviceError(self.model, f"cannot restore this state: {error}") from error
         self.state = state
         self.config.load(state.config.registers)
-        self._placed = placements(self._bars, self.config.values)
+        self.msix.load(state.msix)
         if self._pin:
             self.host.set_irq(self._intx_line(), self._pin - 1)
         self.restored()

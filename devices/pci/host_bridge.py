@@ -31,13 +31,15 @@ import msgspec
 from devices.bus import ALL_ONES, Bus, BusDevice, BusType, Range
 from devices.contract import Device, DeviceHost, Region, checked_state
 from devices.errors import DeviceError
-from devices.pci.config import ConfigState, Header, can_move_bars
-from devices.pci.contract import CONFIG_REGISTERS, BarInfo, PciConfig
-from devices.pci.function import PciFunction
+from devices.pci import bridge
+from devices.pci.config import ConfigState
+from devices.pci.contract import CONFIG_REGISTERS, VIRTUAL_RESET, BarInfo, PciConfig
+from devices.pci.ecam import ECAM, Ecam
 from devices.pci.intx import PINS, PIRQ_IRQS, IntxRouter, Slot
-from devices.pci.mapping import BarMapper, FunctionState, Seat
+from devices.pci.mapping import HEADER_TYPE, BarMapper, FunctionState, Seat
 from devices.pci.registers import DWORD
-from devices.pci.resources import assign
+from devices.pci.resources import Assignment
+from devices.pci.topology import Topology
 
 CONFIG_ADDRESS = 0xCF8
 RESET_CONTROL = 1
@@ -46,34 +48,12 @@ ENABLE = 1 << 31
 ADDRESS_BITS = ENABLE | 0x00FF_FFFC
 """The bits of CONFIG_ADDRESS that keep what is written; the others are reserved and zero."""
 
-HEADER_TYPE = 3
-"""The dword that holds the header type, in bits 16 to 23."""
 MULTI_FUNCTION = 1 << 23
 
-MMIO_WINDOW = Range(0xC000_0000, 0x3EC0_0000)
-"""Where memory BARs go at boot: above the RAM, below the interrupt controllers at 0xFEC00000."""
+MMIO_WINDOW = Range(0xE000_0000, 0x1EC0_0000)
+"""Where memory BARs go at boot: SeaBIOS too begins there, and at 0xFEC00000 is the IOAPIC."""
 IO_WINDOW = Range(0xC000, 0x4000)
 """Where I/O BARs go at boot: above all that ISA boards decode."""
-
-
-class HostBridge(PciFunction):
-    """The bridge's own function, 00:00.0: class 06 00, no BARs, no interrupt.
-
-    Vendor 0x1234 as in `devices.pci.config_space`: it is no chipset that a driver could know.
-    The subsystem ids tell SeaBIOS that the board has fw_cfg (src/fw/paravirt.c, qemu_detect).
-    """
-
-    model: ClassVar[str] = "pci-host-bridge"
-    summary: ClassVar[str] = "the function of the PCI root itself"
-
-    def header(self) -> Header:
-        return Header(
-            0x1234,
-            0x0600,
-            class_code=0x060000,
-            subsystem_vendor_id=0x1AF4,
-            subsystem_id=0x1100,
-        )
 
 
 @dataclass
@@ -129,11 +109,9 @@ class PciRoot(Device):
         self._mmio, self._io = mmio, io
         self._intx = IntxRouter(set_irq_line, irqs)
         self._on_violation, self._on_removed = on_violation, on_removed
-        self._seats: dict[int, Seat] = {}
-        self._mapper = BarMapper(
-            mmio, io, self._in_order, lambda seat, text: on_violation(seat.owner, text)
-        )
-        self.bridge = HostBridge(host)
+        self._topology = topology = Topology()
+        self._mapper = BarMapper(mmio, io, topology.in_order, topology.passes, on_violation)
+        self.bridge = bridge.HostBridge(host)
         self.state.bridge = self.bridge.state.config
         self.add(Slot(0), self.bridge, self.bridge.model, (), ())
 
@@ -160,47 +138,74 @@ class PciRoot(Device):
                 a rule.
         """
         slot = _slot(slot)
-        if slot.bus or not (0 <= slot.device < 32 and 0 <= slot.function < 8):
-            raise ValueError(f"there is no slot {slot} on this root")
-        if slot.number in self._seats:
-            raise ValueError(f"slot {slot} is taken by '{self._seats[slot.number].owner}'")
-        if slot.function and Slot(slot.device).number not in self._seats:
-            raise ValueError(f"slot {slot} needs a function 0 beside it (PCI 3.0, 3.2.2.3.4)")
-        self._seats[slot.number] = Seat(slot, function, owner, handlers, bars)
-        self._mark_neighbours(slot)
+        seat = Seat(slot, function, owner, handlers, bars)
+        self._topology.add(seat)
+        if seat.is_bridge:
+            self._intx.bridges[seat.behind] = slot
         if str(slot) in self.state.removed:
             self.state.removed.remove(str(slot))
 
     def remove(self, slot: Slot | int) -> None:
         """Unplug a function: its ranges leave the buses, its pins fall. Nothing if it is gone."""
         slot = _slot(slot)
-        seat = self._seats.pop(slot.number, None)
+        seat = self._topology.remove(slot)
         if seat is None:
             return
-        self._mapper.unmap(seat)
-        self._intx.release(slot)
-        self._mark_neighbours(slot)
+        self._leave(seat)
         self.state.removed.append(str(slot))
 
     def fail(self, owner: str) -> None:
         """A device failed: all its functions read all-ones and leave the buses, pins fall."""
-        for seat in self._in_order():
+        for seat in self._topology.in_order():
             if seat.owner == owner and not seat.failed:
                 seat.failed = True
-                self._mapper.unmap(seat)
-                self._intx.release(seat.slot)
+                self._topology.reroute()
+                self._leave(seat)
+
+    def _bridge_written(self, seat: Seat) -> None:
+        if seat.shadow.values[bridge.CONTROL] & bridge.SECONDARY_RESET:
+            for other in self._topology.behind(seat):
+                other.shadow.decode_reset()
+                other.function.write_virtual_config(VIRTUAL_RESET, 1)
+                self._mapper.follow(other)
+        self._topology.reroute()
+        self._cut_off(seat)
+
+    def _leave(self, seat: Seat) -> None:
+        self._mapper.unmap(seat)
+        self._intx.release(seat.slot)
+        if seat.is_bridge:
+            self._cut_off(seat)
+
+    def _cut_off(self, seat: Seat) -> None:
+        """A bridge passes nothing on any more, or something else than before."""
+        self._mapper.bridge_changed()
+        for other in self._topology.behind(seat):
+            if not self._topology.is_connected(other.slot):
+                self._intx.release(other.slot)
+
+    def bus_behind(self, owner: str) -> int | None:
+        """The bus of `Slot`s behind the bridge of this name; None if it is no bridge."""
+        seats = self._topology.in_order()
+        return next((s.behind for s in seats if s.owner == owner and s.is_bridge), None)
 
     def slots(self) -> list[tuple[Slot, str]]:
         """What is plugged in: slots with their owners, in order."""
-        return [(seat.slot, seat.owner) for seat in self._in_order()]
+        return [(seat.slot, seat.owner) for seat in self._topology.in_order()]
 
     # Configuration space, whatever the mechanism.
 
     def read_config(self, number: int, register: int) -> int:
-        """The dword `register` of function `number` (``bus << 8 | device << 3 | function``)."""
-        seat = self._seats.get(number)
-        if seat is None or seat.failed or register >= CONFIG_REGISTERS:
+        """The dword `register` (0..1023) of the function that the guest knows as `number`.
+
+        That is ``bus << 8 | device << 3 | function``. No function has extended capabilities: from
+        register 64 on all is zero (PCI Express 3.0, 7.9.1).
+        """
+        seat = self._topology.routes.get(number)
+        if seat is None or seat.failed:
             return DWORD
+        if register >= CONFIG_REGISTERS:
+            return 0
         value = seat.function.read_config(register) & DWORD
         if register == HEADER_TYPE and value != DWORD:
             value &= ~MULTI_FUNCTION
@@ -210,24 +215,35 @@ class PciRoot(Device):
 
     def write_config(self, number: int, register: int, offset: int, data: bytes) -> None:
         """Write 1..4 bytes at byte `offset` of dword `register`, never past its end."""
-        seat = self._seats.get(number)
-        if seat is None or seat.failed or register >= CONFIG_REGISTERS:
-            return
-        moves = can_move_bars(register)
-        if moves:
-            seat.shadow.write(register, offset, data)
+        seat = self._topology.routes.get(number)
+        if seat is not None and not seat.failed and register < CONFIG_REGISTERS:
+            self._write(seat, register, offset, data)
+
+    def _write(self, seat: Seat, register: int, offset: int, data: bytes) -> None:
+        shadowed = seat.is_shadowed(register)
+        if shadowed:
+            seat.write_shadow(register, offset, data)
         answer = seat.function.write_config(register, offset, data)
-        if seat.failed or self._seats.get(number) is not seat:
+        seat.written()
+        if seat.failed or self._topology.seats.get(seat.slot.number) is not seat:
             return
-        if moves or answer:
+        if shadowed or answer:
             self._mapper.written(seat, answer)
+        if shadowed and seat.is_bridge:
+            self._bridge_written(seat)
         if answer.removed_pci_devices:
             self._unplug(seat, answer.removed_pci_devices)
 
     # Configuration mechanism #1.
 
     def regions(self) -> tuple[Region, ...]:
-        return (Region("config", BusType.PIO, 8, start=CONFIG_ADDRESS),)
+        return (
+            Region("config", BusType.PIO, 8, start=CONFIG_ADDRESS),
+            Region("ecam", BusType.MMIO, ECAM.length, start=ECAM.start),
+        )
+
+    def handlers(self) -> Sequence[BusDevice]:
+        return self, Ecam(self.read_config, self.write_config)
 
     def read(self, offset: int, size: int) -> int:
         address = self.state.address
@@ -295,7 +311,7 @@ class PciRoot(Device):
             One line for each BAR that found no place; it stays unassigned.
         """
         windows = ((self._mmio, mmio_window), (self._io, io_window))
-        return assign(self, self._in_order(), windows, decode)
+        return Assignment(self._topology, self._write, self.irq_for).run(windows, decode)
 
     # Interrupts.
 
@@ -306,19 +322,24 @@ class PciRoot(Device):
     def set_intx(self, slot: Slot | int, pin: int, level: bool) -> None:
         """A function drives its pin 0 (INTA#) to 3; from a failed or missing one it is ignored."""
         slot = _slot(slot)
-        seat = self._seats.get(slot.number)
-        if seat is None or seat.failed:
+        seat = self._topology.seats.get(slot.number)
+        if seat is None or seat.failed or not self._topology.is_connected(slot):
             return
         if not 0 <= pin < PINS:
             self._on_violation(seat.owner, f"drove interrupt pin {pin}; there are {PINS}")
             return
         self._intx.set(slot, pin, level)
 
+    def may_master(self, slot: Slot | int) -> bool:
+        """Whether the guest lets this function write to memory, as messages do (6.2.2)."""
+        return self._topology.may_master(_slot(slot))
+
     # State.
 
     def snapshot(self) -> Any:
         self.state.functions = {
-            str(seat.slot): seat.state(self._intx.pins(seat.slot)) for seat in self._in_order()
+            str(seat.slot): seat.state(self._intx.pins(seat.slot))
+            for seat in self._topology.in_order()
         }
         return msgspec.to_builtins(self.state)
 
@@ -334,17 +355,18 @@ class PciRoot(Device):
             self._check(state)
         except ValueError as error:
             raise DeviceError(self.model, f"cannot restore this state: {error}") from error
-        for seat in self._in_order():
+        for seat in self._topology.in_order():
             if str(seat.slot) not in state.functions:
                 self._unplug(seat, [seat.slot.number])
         self.state = state
         self.bridge.config.load(state.bridge.registers)
         self.bridge.state.config = state.bridge
-        for seat in self._in_order():
+        for seat in self._topology.in_order():
             seat.load(state.functions[str(seat.slot)])
+        self._topology.reroute()
         self._intx.load(
             (seat.slot, pin)
-            for seat in self._in_order()
+            for seat in self._topology.in_order()
             for pin in state.functions[str(seat.slot)].pins
         )
 
@@ -356,27 +378,13 @@ class PciRoot(Device):
         if state.address & ~ADDRESS_BITS:
             raise ValueError(f"CONFIG_ADDRESS {state.address:#x} has reserved bits set")
         self.bridge.config.check(state.bridge.registers)
-        here = {str(seat.slot): seat for seat in self._in_order()}
-        for slot in state.functions.keys() - here.keys():
-            raise ValueError(f"there is no function at {slot} here")
-        for slot in here.keys() - state.functions.keys() - set(state.removed):
-            raise ValueError(f"it has no function at {slot}, where '{here[slot].owner}' is")
-        for slot, saved in state.functions.items():
-            here[slot].check(saved)
+        self._topology.check(state.functions, state.removed)
 
     # Inside.
 
-    def _in_order(self) -> list[Seat]:
-        return [self._seats[number] for number in sorted(self._seats)]
-
-    def _mark_neighbours(self, slot: Slot) -> None:
-        seats = [seat for seat in self._in_order() if seat.slot.device == slot.device]
-        for seat in seats:
-            seat.multi_function = len(seats) > 1
-
     def _unplug(self, seat: Seat, numbers: Sequence[int]) -> None:
         for number in numbers:
-            gone = self._seats.get(number)
+            gone = self._topology.seats.get(number)
             if gone is None or gone.owner != seat.owner:
                 self._on_violation(
                     seat.owner, f"unplugged function {number:#x}, which is not its own"

@@ -16,7 +16,10 @@ PINS = 4
 
 
 class Slot(NamedTuple):
-    """Where a function sits: device 0..31, function 0..7, on bus 0..255."""
+    """Where a function sits: device 0..31, function 0..7, on bus 0..255.
+
+    Bus 0 is the root's; about the others see `devices.pci.topology`.
+    """
 
     device: int
     function: int = 0
@@ -50,10 +53,15 @@ class IntxRouter:
             raise ValueError(f"there are {PINS} PIRQ lines, not {len(irqs)}")
         self._set_irq_line = set_irq_line
         self._irqs = tuple(irqs)
+        self.bridges: dict[int, Slot] = {}
+        """The slot of the bridge before each bus other than 0."""
         self._asserted: dict[int, set[tuple[int, int]]] = {irq: set() for irq in irqs}
 
     def irq_for(self, slot: Slot, pin: int) -> int:
         """The interrupt of pin 0 (INTA#) to 3 (INTD#) of the device in `slot`."""
+        while slot.bus:
+            pin = (slot.device + pin) % PINS
+            slot = self.bridges[slot.bus]
         return self._irqs[(slot.device + pin) % PINS]
 
     def set(self, slot: Slot, pin: int, level: bool) -> None:

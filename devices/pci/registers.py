@@ -108,6 +108,15 @@ class RegisterFile:
             raise ValueError(f"bits {mask:#x} of register {register} never change")
         self._store(register, (self.values[register] & ~mask) | (value & mask))
 
+    def reset(self) -> None:
+        """Back to the reset values."""
+        self.values[:] = self._reset
+        self._refresh()
+
+    def changed(self, values: dict[int, int]) -> list[int]:
+        """All dwords: those of `values` by their index, the others at their reset values."""
+        return [values.get(register, reset) for register, reset in enumerate(self._reset)]
+
     def changeable(self, register: int) -> int:
         """The bits that can differ from their reset value."""
         return self._writable[register] | self._clears[register] | self._volatile[register]

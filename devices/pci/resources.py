@@ -1,76 +1,174 @@
-"""Where BARs go when there is no firmware: a first fit, largest first.
+"""Where BARs and windows go when there is no firmware: a first fit, largest first, bus by bus.
 
 Largest first wastes nothing to alignment, since every size is a power of two and BARs are aligned
-to their size (PCI 3.0, 6.2.5.1).
+to their size (PCI 3.0, 6.2.5.1). A bridge's window is an entry among the BARs of its bus, as large
+as what is behind it needs. Prefetchable BARs are put among the others: a bridge passes them on
+there as well, and its prefetchable window stays closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from devices.bus import Bus, Range
-from devices.pci.config import BAR0, COMMAND, INTERRUPT, Command, decoded_spaces
+from devices.bus import Bus, BusType, Range
+from devices.pci import bridge
+from devices.pci.config import INTERRUPT
 from devices.pci.contract import BarInfo
+from devices.pci.decode import COMMAND, DECODES, bar_register, decoded_spaces
 from devices.pci.intx import PINS, Slot
 from devices.pci.mapping import Seat
 from devices.pci.registers import DWORD
+from devices.pci.topology import Topology
+
+_GRANULE = {BusType.PIO: bridge.IO_GRANULE, BusType.MMIO: bridge.MEMORY_GRANULE}
+_FAR = Range(1 << 40, 1 << 40)
+"""Room for trying how large a window must be."""
 
 
-class Root(Protocol):
-    """What assigning needs of the root: what a guest has too, and the wiring of the pins."""
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A BAR (`info`) or the window of a bridge (None)."""
 
-    def read_config(self, number: int, register: int) -> int: ...
+    seat: Seat
+    size: int
+    align: int
+    info: BarInfo | None
 
-    def write_config(self, number: int, register: int, offset: int, data: bytes) -> None: ...
 
-    def irq_for(self, slot: Slot, pin: int) -> int: ...
+class Assignment:
+    """Does once what firmware does; see `PciRoot.assign_resources`.
 
+    Args:
+        write: writes configuration space as the guest would (seat, dword, offset, data).
+        irq_for: the wiring of the pins.
+    """
 
-def assign(
-    root: Root, seats: Sequence[Seat], windows: Sequence[tuple[Bus, Range]], decode: bool
-) -> list[str]:
-    """Place all BARs, preset interrupt lines; see `PciRoot.assign_resources`."""
-    homeless = []
-    for seat in seats:
-        _set_decode(root, seat, False)
-    for bus, window in windows:
-        wanted = [(seat, info) for seat in seats for info in seat.bars if info.bus is bus.kind]
-        taken = [entry.range for entry in bus]
-        places = first_fit([info.size for _, info in wanted], window, taken)
-        for (seat, info), place in zip(wanted, places, strict=True):
-            _write_bar(root, seat, info, place or 0)
+    def __init__(
+        self,
+        topology: Topology,
+        write: Callable[[Seat, int, int, bytes], None],
+        irq_for: Callable[[Slot, int], int],
+    ) -> None:
+        self._topology, self._write, self._irq_for = topology, write, irq_for
+        self._homeless: list[str] = []
+
+    def run(self, windows: Sequence[tuple[Bus, Range]], decode: bool) -> list[str]:
+        """Place all BARs, number the buses, preset interrupt lines; what found no place."""
+        seats = [seat for seat in self._topology.in_order() if not seat.failed]
+        for seat in seats:
+            self._set_decode(seat, False)
+        self._number(0, 0)
+        for bus, window in windows:
+            self._fill(0, bus.kind, window, [entry.range for entry in bus])
+        for seat in seats:
+            pin = seat.function.read_config(INTERRUPT) >> 8 & 0xFF
+            if 1 <= pin <= PINS:
+                line = self._irq_for(seat.slot, pin - 1)
+                self._write(seat, INTERRUPT, 0, bytes([line]))
+            if decode:
+                self._set_decode(seat, True)
+        return self._homeless
+
+    def _number(self, bus: int, number: int) -> int:
+        """Number the buses behind `bus`, which is `number`; the highest number used."""
+        last = number
+        for seat in self._topology.on_bus(bus):
+            if seat.is_bridge and not seat.failed and last < 255:
+                secondary = last + 1
+                self._write(seat, bridge.BUSES, 0, bytes((number, secondary, 255)))
+                last = self._number(seat.behind, secondary)
+                self._write(seat, bridge.BUSES, 2, bytes((last,)))
+        return last
+
+    def _wanted(self, bus: int, kind: BusType) -> list[_Wanted]:
+        found = []
+        for seat in self._topology.on_bus(bus):
+            found += [_Wanted(seat, i.size, i.size, i) for i in seat.bars if i.bus is kind]
+            behind = self._wanted(seat.behind, kind) if seat.is_bridge else []
+            if behind:
+                granule = _GRANULE[kind]
+                align = max(granule, *(each.align for each in behind))
+                places = _places(behind, _FAR, ())
+                ends = [p + each.size for p, each in zip(places, behind, strict=True) if p]
+                size = -((_FAR.start - max(ends)) // granule) * granule
+                found.append(_Wanted(seat, size, align, None))
+        return [each for each in found if not each.seat.failed]
+
+    def _fill(self, bus: int, kind: BusType, window: Range | None, taken: list[Range]) -> None:
+        """Place what is on `bus` in `window`, and what is behind that in its windows."""
+        wanted = self._wanted(bus, kind)
+        nowhere: list[int | None] = [None] * len(wanted)
+        places = nowhere if window is None else _places(wanted, window, taken)
+        open_windows: dict[int, Range] = {}
+        for each, place in zip(wanted, places, strict=True):
+            what = "window" if each.info is None else f"BAR {each.info.bar}"
+            if each.info is not None:
+                self._write_bar(each.seat, each.info, place or 0)
+            elif place is not None:
+                open_windows[each.seat.behind] = Range(place, each.size)
             if place is None:
-                homeless.append(
-                    f"{seat.slot} '{seat.owner}' BAR {info.bar}: no {info.size:#x} bytes are "
-                    f"free in the {bus.kind} window {window}"
+                where = "of its bridge" if window is None else f"{window}"
+                self._homeless.append(
+                    f"{each.seat.slot} '{each.seat.owner}' {what}: no {each.size:#x} bytes are "
+                    f"free in the {kind} window {where}"
                 )
-    for seat in seats:
-        pin = root.read_config(seat.slot.number, INTERRUPT) >> 8 & 0xFF
-        if 1 <= pin <= PINS:
-            line = root.irq_for(seat.slot, pin - 1)
-            root.write_config(seat.slot.number, INTERRUPT, 0, bytes([line]))
-        if decode:
-            _set_decode(root, seat, True)
-    return homeless
+        for seat in self._topology.on_bus(bus):
+            if seat.is_bridge and not seat.failed:
+                behind = open_windows.get(seat.behind)
+                if kind is BusType.MMIO:
+                    closed = (0xFFF0).to_bytes(4, "little")
+                    self._write(seat, bridge.PREFETCHABLE, 0, closed)
+                self._write(seat, *_with_offset(bridge.window_dword(kind, behind)))
+                self._fill(seat.behind, kind, behind, [])
+
+    def _set_decode(self, seat: Seat, on: bool) -> None:
+        spaces = bridge.SPACES if seat.is_bridge else decoded_spaces(seat.bars)
+        if spaces:
+            both = DECODES[BusType.PIO] | DECODES[BusType.MMIO]
+            command = seat.function.read_config(COMMAND) & 0xFFFF & ~both
+            data = (command | (spaces if on else 0)).to_bytes(2, "little")
+            self._write(seat, COMMAND, 0, data)
+
+    def _write_bar(self, seat: Seat, info: BarInfo, address: int) -> None:
+        for distance in range(2 if info.is_64bit else 1):
+            part = address >> 32 * distance & DWORD
+            register = bar_register(info.bar) + distance
+            self._write(seat, register, 0, part.to_bytes(4, "little"))
 
 
-def first_fit(sizes: Sequence[int], window: Range, taken: Iterable[Range]) -> list[int | None]:
+def _with_offset(dword: tuple[int, bytes]) -> tuple[int, int, bytes]:
+    return dword[0], 0, dword[1]
+
+
+def _places(wanted: Sequence[_Wanted], window: Range, taken: Iterable[Range]) -> list[int | None]:
+    aligns = [each.align for each in wanted]
+    return first_fit([each.size for each in wanted], window, taken, aligns)
+
+
+def first_fit(
+    sizes: Sequence[int],
+    window: Range,
+    taken: Iterable[Range],
+    aligns: Sequence[int] | None = None,
+) -> list[int | None]:
     """An address in `window` for each size, aligned to it, clear of `taken` and of each other.
 
     Args:
-        sizes: powers of two, in bytes.
+        sizes: in bytes; powers of two unless there are `aligns`.
         window: where to look.
         taken: what is there already.
+        aligns: the alignment of each, a power of two; that of its size by default.
 
     Returns:
         One address for each size, in the order of `sizes`; None where nothing was left.
     """
     used = [other for other in taken if other.overlaps(window)]
     found: list[int | None] = [None] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        size = sizes[index]
-        address = _align(window.start, size)
+    aligns = sizes if aligns is None else aligns
+    for index in sorted(range(len(sizes)), key=lambda i: (-aligns[i], -sizes[i])):
+        size, align = sizes[index], aligns[index]
+        address = _align(window.start, align)
         while address + size <= window.end:
             wanted = Range(address, size)
             blocker = next((other for other in used if other.overlaps(wanted)), None)
@@ -78,25 +176,9 @@ def first_fit(sizes: Sequence[int], window: Range, taken: Iterable[Range]) -> li
                 found[index] = address
                 used.append(wanted)
                 break
-            address = _align(blocker.end, size)
+            address = _align(blocker.end, align)
     return found
 
 
 def _align(address: int, size: int) -> int:
     return (address + size - 1) & ~(size - 1)
-
-
-def _set_decode(root: Root, seat: Seat, on: bool) -> None:
-    number, spaces = seat.slot.number, decoded_spaces(seat.bars)
-    if spaces:
-        both = int(Command.IO_SPACE | Command.MEMORY_SPACE)
-        command = root.read_config(number, COMMAND) & 0xFFFF & ~both
-        data = (command | (spaces if on else 0)).to_bytes(2, "little")
-        root.write_config(number, COMMAND, 0, data)
-
-
-def _write_bar(root: Root, seat: Seat, info: BarInfo, address: int) -> None:
-    for distance in range(2 if info.is_64bit else 1):
-        part = address >> 32 * distance & DWORD
-        register = BAR0 + info.bar + distance
-        root.write_config(seat.slot.number, register, 0, part.to_bytes(4, "little"))

@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from devices.errors import UserError
+from devices.pci.ecam import ECAM
 from vmm.boot.options import BootOptions
 from vmm.boot.placement import MIB, Placement
 from vmm.boot.text import c_string
@@ -61,6 +62,7 @@ def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
     ]
     if low.end > MIB:
         entries.append((MIB, low.end - MIB, RAM))
+    entries.append((ECAM.start, ECAM.length, RESERVED))
     if memory.rom is not None:
         entries.append((memory.rom.start, memory.rom.size, RESERVED))
     entries += [(ram.start, ram.size, RAM) for ram in memory.ram if ram.start >= HIGH_START]

@@ -20,12 +20,14 @@ from vmm.interrupt import early_signals
 EXIT_STATUSES = """\
 exit status:
   odd   the guest's own: it wrote V to the debug-exit port 0xf4; status is (V << 1 | 1) & 255
-  0     the guest finished (HLT with interrupts off), or the user quit
+  0     the guest finished (HLT with interrupts off) or switched itself off, the user quit, or
+        whoever read the output has gone
   2     wrong usage, configuration, image or snapshot
   4     the guest crashed (triple fault)
   6     a device process died, hung or broke the protocol
   8     --timeout ran out
   10    this host cannot provide the jail that was asked for
+  12    the guest asked for a reset
   130   Ctrl-C, SIGTERM, SIGHUP"""
 
 

@@ -55,9 +55,14 @@ class UnclaimedTrace:
         return listen
 
     def lines(self) -> list[str]:
-        """One line for each place, the most used first."""
+        """One line for each place, the most used first, and one on what cannot be known."""
         lines = [
             f"unclaimed {bus} {direction} of {size} at {address:#x}: {count} times"
             for (bus, direction, address, size), count in self._counts.most_common()
         ]
-        return lines + ([f"unclaimed: {self._others} accesses elsewhere"] if self._others else [])
+        if self._others:
+            lines.append(f"unclaimed: {self._others} accesses elsewhere")
+        lines.append(
+            "unclaimed MSRs: not known, the CPU engine does not tell of them (unknown ones read 0)"
+        )
+        return lines

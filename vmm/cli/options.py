@@ -189,6 +189,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--screen", action="store_true", help="at the end, show the text screen")
     run.add_argument(
+        "--screen-live",
+        action="store_true",
+        help="draw the text screen on the terminal while it changes; elsewhere, tell what changed",
+    )
+    run.add_argument(
         "--trace",
         choices=("unclaimed",),
         help="at the end, list the ports and addresses that nobody answered",

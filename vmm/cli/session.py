@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, UserError
 from vmm.cli.aids import UnclaimedTrace, read_symbols
@@ -20,6 +20,9 @@ from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE
 from vmm.terminal import Terminal
+
+if TYPE_CHECKING:
+    from vmm.cli.screen import LiveScreen
 
 DEFAULT_SNAPSHOT = "vmm-snapshot"
 GRACE = 0.7
@@ -118,14 +121,18 @@ class Session:
                 bus.timed = True
         machine.between = lambda: self._between(terminal)
         extras: dict[str, Any] = {}
+        live = None
         try:
             try:
                 if terminal is not None:
                     terminal.open()
+                live = self._live_screen()
                 outcome = machine.run(timeout=self.args.timeout)
                 if self.plan.when == "end" and not self._snapshot_taken:
                     self._take_snapshot()
             finally:
+                if live is not None:
+                    live.close()
                 if terminal is not None:
                     terminal.close()
             if self.args.screen:
@@ -138,6 +145,19 @@ class Session:
             self._finish_output(outcome)
         self._report(outcome, extras)
         return outcome.status
+
+    def _live_screen(self) -> LiveScreen | None:
+        if not self.args.screen_live or self.args.json:
+            return None
+        from vmm.cli.screen import LiveScreen
+
+        parts = self.machine.parts
+        return LiveScreen(
+            parts.events,
+            parts.board.screen_lines,
+            lambda text: self.outputs.write(2, text.encode("utf-8", "replace")),
+            self.say,
+        )
 
     def say(self, text: str) -> None:
         """Lines for the user, apart from the guest's output."""
@@ -310,7 +330,7 @@ class Session:
             self.say("\n".join(lines))
         if self.plan.when is not None and not self._snapshot_taken:
             self.say(f"no snapshot was taken: {self.plan.missed()}")
-        if outcome.ending not in (Ending.HALTED, Ending.GUEST_EXIT):
+        if outcome.detail or outcome.ending not in (Ending.HALTED, Ending.GUEST_EXIT):
             self.say(f"{outcome.ending}{': ' if outcome.detail else ''}{outcome.detail}")
         if outcome.report:
             self.say(outcome.report)

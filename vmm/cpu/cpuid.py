@@ -5,6 +5,8 @@ every leaf is answered from this table. Left out although the engine or real CPU
 have them: x2APIC and the TSC deadline (their MSRs cannot be trapped), AVX and XSAVE (state
 incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP, SMAP, PCID, and performance counters.
 
+What it says of clocks holds for a `Cpu` whose `tsc` counts nanoseconds, as the machine's does.
+
 Sources: Intel SDM volume 2A, "CPUID"; for the hypervisor leaves, the Linux kernel's
 Documentation/virt/kvm/x86/cpuid.rst (the range 0x4000_0000 and the vendor string in EBX, ECX, EDX).
 """
@@ -55,16 +57,25 @@ def _brand() -> dict[int, Leaf]:
     }
 
 
-HIGHEST_BASIC = 7
+HIGHEST_BASIC = 0x16
+_TSC_HZ = 1_000_000_000
+"""Of the TSC and of the local APIC timer's input alike (`devices.irqchip.lapic_timer`)."""
 TABLE: dict[int, Leaf] = {
     0: _vendor(HIGHEST_BASIC, b"GenuineIntel"),
-    # Family 6 model 44 (Westmere) stepping 1; one CPU with APIC id 0, CLFLUSH line of
-    # 8 * 8 bytes.
-    1: (0x0002_06C1, 1 << 16 | 8 << 8, _FEATURES_ECX, _FEATURES_EDX),
+    # Family 6 model 28 stepping 10: an in-order Atom (Bonnell). Like the emulated CPU it does not
+    # speculate, and kernels know that (Linux: NO_SPECULATION in cpu/common.c), so they leave out
+    # page-table isolation and retpolines, which would only cost time here. Stepping 10 is past its
+    # errata. One CPU with APIC id 0, CLFLUSH line of 8 * 8 bytes.
+    1: (0x0001_06CA, 1 << 16 | 8 << 8, _FEATURES_ECX, _FEATURES_EDX),
+    # The TSC is 1/1 of a clock of 1 GHz, which also feeds the local APIC timer: a kernel that knows
+    # this need not measure them against the PIT, which takes it a fifth of a second.
+    0x15: (1, 1, _TSC_HZ, 0),
+    0x16: (_TSC_HZ // 1_000_000, _TSC_HZ // 1_000_000, 100, 0),  # MHz: base, maximum, bus
     0x4000_0000: (0x4000_0000, *_text(HYPERVISOR_NAME)),  # type: ignore[dict-item]
     0x8000_0000: (0x8000_0008, 0, 0, 0),
     0x8000_0001: (0, 0, _EXTENDED_ECX, _EXTENDED_EDX),
     **_brand(),
+    0x8000_0007: (0, 0, 0, 1 << 8),  # the TSC ticks at the same rate always
     0x8000_0008: (48 << 8 | 40, 0, 0, 0),  # linear and physical address bits
 }
 _NOTHING: Leaf = (0, 0, 0, 0)

@@ -23,6 +23,19 @@ _FLAG_NAMES = (
 )
 
 
+_NO_EXTENSIONS = {
+    "jump",
+    "call",
+    "ret",
+    "int",
+    "iret",
+    "privilege",
+    "branch_relative",
+    "mode64",
+    "vm",
+}
+"""Of capstone's groups of instructions, those that are no extension of the architecture."""
+
 LABEL_REACH = 4096
 """Bytes behind a label without a size that are still called by its name."""
 
@@ -44,6 +57,31 @@ def crash_report(cpu: Cpu, symbols: Symbols = ()) -> str:
     lines += _disassembly(code, where, bits, symbols) if code else ["code: not in RAM"]
     lines += _stack(cpu, state, bits)
     return "\n".join(lines) + "\n"
+
+
+def unknown_instruction(cpu: Cpu) -> str:
+    """A line that names the instruction at RIP, which was an invalid opcode to the CPU."""
+    try:
+        import capstone
+    except ImportError:
+        return ""
+    state = cpu.get_state()
+    where = linear_rip(state)
+    decoder: Any = capstone.Cs(capstone.CS_ARCH_X86, _decoder_mode(code_bits(state)))  # type: ignore[no-untyped-call]
+    decoder.detail = True
+    for found in decoder.disasm(cpu.read_linear(where, 15), where, 1):
+        text = f"{found.mnemonic} {found.op_str}".rstrip()
+        if found.mnemonic.startswith("ud"):
+            return f"the guest asked for this exception itself: {text}\n"
+        groups = [found.group_name(group) for group in found.groups]
+        sets = [
+            name.upper()
+            for name in groups
+            if name not in _NO_EXTENSIONS and not name.startswith("no")
+        ]
+        needs = f", which needs {' and '.join(sets)}" if sets else ""
+        return f"unsupported instruction: {text}{needs}; docs/cpu.md says what the CPU has\n"
+    return ""
 
 
 def linear_rip(state: CpuState) -> int:
@@ -119,9 +157,8 @@ def _disassembly(code: bytes, where: int, bits: int, symbols: Symbols) -> list[s
         import capstone
     except ImportError:
         return [f"code: {code[:16].hex(' ')}"]
-    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
     lines = []
-    decoder: Any = capstone.Cs(capstone.CS_ARCH_X86, modes[bits])  # type: ignore[no-untyped-call]
+    decoder: Any = capstone.Cs(capstone.CS_ARCH_X86, _decoder_mode(bits))  # type: ignore[no-untyped-call]
     for address, size, mnemonic, operands in decoder.disasm_lite(code, where):
         name = symbol_at(address, symbols)
         raw = code[address - where : address - where + size].hex(" ")
@@ -130,6 +167,13 @@ def _disassembly(code: bytes, where: int, bits: int, symbols: Symbols) -> list[s
         if len(lines) == _INSTRUCTIONS:
             break
     return lines or [f"code: no instruction: {code[:15].hex(' ')}"]
+
+
+def _decoder_mode(bits: int) -> int:
+    import capstone
+
+    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
+    return int(modes[bits])
 
 
 def _stack(cpu: Cpu, state: CpuState, bits: int) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import monotonic
 
 from vmm.config import FailurePolicy, HostOptions
-from vmm.demo.lesson import Lesson
+from vmm.demo.lesson import Lesson, run
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
 
@@ -55,9 +55,9 @@ def _run(number: signal.Signals, policy: FailurePolicy) -> tuple[Outcome, int, s
     with Machine(memory="16M", host=HostOptions(deadline=DEADLINE, on_failure=policy)) as machine:
         machine.boot("stress")
         pid = next(proxy.pid for proxy in machine.parts.proxies if proxy.name == "echo")
-        machine.run(budget=100_000)
+        run(machine, budget=100_000)
         os.kill(pid, number)
-        outcome = machine.run(timeout=30)
+        outcome = run(machine, timeout=30)
         output = machine.output.decode(errors="replace")
     return outcome, pid, output
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from vmm.cli.output import clean
+from vmm.machine import Machine
+from vmm.outcome import Ending, Outcome
+
 
 class Lesson:
     """Collects what a demo shows.
@@ -34,4 +38,14 @@ class Lesson:
         """
         self.ok = self.ok and expected
         self.steps.append({"what": what, "seen": seen, "expected": expected, **facts})
-        self.say(f"  {what:34}  {seen}" + ("" if expected else "   <- NOT AS IT SHOULD BE"))
+        self.say(
+            f"  {clean(what):34}  {clean(seen)}" + ("" if expected else "   <- NOT AS IT SHOULD BE")
+        )
+
+
+def run(machine: Machine, **how: Any) -> Outcome:
+    """`Machine.run`; a request to terminate ends the lesson, as Ctrl-C does."""
+    outcome = machine.run(**how)
+    if outcome.ending is Ending.INTERRUPTED:
+        raise KeyboardInterrupt
+    return outcome

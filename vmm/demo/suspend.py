@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vmm.demo.lesson import Lesson
+from vmm.demo.lesson import Lesson, run
 from vmm.machine import Machine
 from vmm.outcome import Ending
 
@@ -26,8 +26,12 @@ def teach(lesson: Lesson) -> None:
         command += ["--snapshot", str(saved), "--snapshot-at", "counter 5\n"]
         command += ["--snapshot-then", "quit", "--json"]
         lesson.say("A process of its own boots the guest, saves it at 'counter 5', and ends:")
-        first = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        printed, _ = first.communicate(timeout=60)
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as first:
+            try:
+                printed, _ = first.communicate(timeout=60)
+            except BaseException:
+                first.kill()
+                raise
         ended_well = first.returncode == 0
         lesson.show(
             "first machine", f"process {first.pid}, exit status {first.returncode}", ended_well
@@ -40,7 +44,7 @@ def teach(lesson: Lesson) -> None:
                 lesson.show(str(file.relative_to(saved)), f"{used >> 10} KiB on disk")
         lesson.say("Every process of it is gone. Now a machine in this process goes on:")
         with Machine.restore(saved) as machine:
-            outcome = machine.run(until="counter 10\n", timeout=60)
+            outcome = run(machine, until="counter 10\n", timeout=60)
             before, after = json.loads(printed)["output"], machine.output.decode()
         lesson.show("second machine", f"process {os.getpid()}", os.getpid() != first.pid)
         _show_lines(lesson, "printed by the first", before)

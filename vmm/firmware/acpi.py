@@ -1,6 +1,7 @@
-"""ACPI tables: RSDP, XSDT and RSDT, FADT, FACS, DSDT, MADT, HPET.
+"""ACPI tables: RSDP, XSDT and RSDT, FADT, FACS, DSDT, MADT, MCFG, HPET.
 
-Source: ACPI 5.0, 5.2 "ACPI System Description Tables"; IA-PC HPET Specification 1.0a, 3.2.4.
+Source: ACPI 5.0, 5.2 "ACPI System Description Tables"; PCI Firmware Specification 3.0, 4.1.2
+(MCFG); IA-PC HPET Specification 1.0a, 3.2.4.
 Everything lies below 4 GiB, so that the 32-bit pointers say the same as the 64-bit ones.
 """
 
@@ -88,6 +89,7 @@ def link_tables(platform: Platform) -> Linker:
     dsdt = _add_table(tables, b"DSDT", DSDT_REVISION, dsdt_body(platform))
     listed = [_add_fadt(tables, platform, facs, dsdt)]
     listed.append(_add_table(tables, b"APIC", MADT_REVISION, _madt_body(platform)))
+    listed.append(_add_table(tables, b"MCFG", 1, _mcfg_body(platform)))
     if platform.hpet is not None:
         listed.append(_add_table(tables, b"HPET", 1, _hpet_body(platform, platform.hpet)))
     rsdt = _add_pointers(tables, b"RSDT", 4, listed)
@@ -152,6 +154,11 @@ def _madt_body(platform: Platform) -> bytes:
             struct.pack("<BBBHB", 4, 6, _ALL_PROCESSORS, CONFORMS, _NMI_LINT),
         )
     )
+
+
+def _mcfg_body(platform: Platform) -> bytes:
+    """Where configuration space is mapped: segment 0, buses 0 to 255."""
+    return struct.pack("<8xQHBB4x", platform.ecam.start, 0, 0, 255)
 
 
 def _hpet_body(platform: Platform, base: int) -> bytes:

@@ -78,7 +78,10 @@ def _isa_devices(platform: Platform) -> list[bytes]:
 def _motherboard(platform: Platform) -> bytes:
     """What is taken and belongs to no device that a driver would bind to."""
     taken = ((0x80, 1), (0x92, 1), (0x4D0, 2), (platform.pm_base, PM_BLOCK_SIZE))
-    return _device("MBRD", "PNP0C02", *(aml.ports(first, length) for first, length in taken))
+    ports = (aml.ports(first, length) for first, length in taken)
+    # The PCI Firmware Specification wants the mapped configuration space here (4.1.2).
+    ecam = aml.memory(platform.ecam.start, platform.ecam.length)
+    return _device("MBRD", "PNP0C02", *ports, ecam)
 
 
 def _device(name: str, hardware_id: str, *descriptors: bytes, uid: int | None = None) -> bytes:

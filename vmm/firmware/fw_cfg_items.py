@@ -10,7 +10,7 @@ from devices.platform.fw_cfg import Key
 from vmm.firmware.acpi import firmware_files
 from vmm.firmware.platform import Platform
 
-E820_RAM = 1
+E820_RAM, E820_RESERVED = 1, 2
 _E820_ENTRY = struct.Struct("<QQI")
 
 
@@ -43,8 +43,9 @@ def files(
         extra: more files by name; they win over those made here.
     """
     made = firmware_files(platform)
+    extents = [(extent, E820_RAM) for extent in ram] + [(platform.ecam, E820_RESERVED)]
     made["etc/e820"] = b"".join(
-        _E820_ENTRY.pack(extent.start, extent.length, E820_RAM) for extent in ram
+        _E820_ENTRY.pack(extent.start, extent.length, kind) for extent, kind in extents
     )
     if boot_order:
         made["bootorder"] = "\n".join(boot_order).encode("ascii") + b"\0"

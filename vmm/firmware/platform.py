@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from devices.bus import Range
-from devices.pci.host_bridge import IO_WINDOW
+from devices.pci.ecam import ECAM
+from devices.pci.host_bridge import IO_WINDOW, MMIO_WINDOW
 from devices.pci.intx import PINS, PIRQ_IRQS
 
 TIMER_GSI = 2
 SCI_IRQ = 9
 PCI_SLOTS = range(1, 32)
 """Device numbers on bus 0 that may have interrupts; 0 is the host bridge."""
-MMIO_WINDOW = Range(0xE000_0000, 0x1EC0_0000)
-"""Where memory BARs go: SeaBIOS too begins there, and 0xFEC00000 is the I/O APIC's."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Platform:
     Attributes:
         mmio_window: where memory BARs may go; keep it the one that BARs are assigned from.
         io_window: where I/O BARs may go.
+        ecam: where the configuration space of all 256 buses is mapped.
         pm_base: of the ACPI registers: PM1a event block, PM1a control at +4, PM timer at +8.
         pm_timer_bits: width of the PM timer, 24 or 32.
         power_button: the PM1 event block has a power button.
@@ -57,6 +57,7 @@ class Platform:
     ioapic_id: int = 1
     mmio_window: Range = MMIO_WINDOW
     io_window: Range = IO_WINDOW
+    ecam: Range = ECAM
     pm_base: int = 0x600
     pm_timer_bits: int = 24
     power_button: bool = True
