@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from devices.contract import HasWork, TakesTurns
 
+Wrote = Callable[[Sequence[tuple[int, int]]], None]
+
 PAGE_SHIFT = 12
 _MOST_RUNS = 1024
 """Runs of written pages that are kept before they are sorted and joined."""
@@ -52,10 +54,10 @@ class DmaMemory:
     """`GuestMemory` over mapped regions.
 
     Args:
-        wrote: told of written pages, as (number of the first, how many), by `flush`.
+        wrote: told of written pages by `flush`: runs of them, each (number of the first, how many).
     """
 
-    def __init__(self, wrote: Callable[[int, int], None]) -> None:
+    def __init__(self, wrote: Wrote) -> None:
         self._wrote = wrote
         self._regions: list[tuple[int, int, memoryview]] = []
         self._runs: list[tuple[int, int]] = []
@@ -101,10 +103,9 @@ class DmaMemory:
         if runs:
             if len(runs) > 1:
                 self._join()
-            told = runs[:]
+            told = [(first, end - first) for first, end in runs]
             runs.clear()
-            for first, end in told:
-                self._wrote(first, end - first)
+            self._wrote(told)
 
     def _join(self) -> None:
         joined: list[tuple[int, int]] = []
@@ -132,7 +133,7 @@ class Turns:
 
     def __init__(
         self,
-        wrote: Callable[[int, int], None],
+        wrote: Wrote,
         announce: Callable[[], None],
         finish_work: bool = False,
     ) -> None:

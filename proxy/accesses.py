@@ -256,15 +256,15 @@ class Accesses:
             def synced_write(offset: int, size: int, value: int) -> None:
                 nonlocal tubed, head, limit, posted
                 if is_open:
-                    if words[state_word] == dozing:
+                    # A turn may take long. Where both share a CPU, waiting at the socket leaves it
+                    # to the child for as long as that, and costs least.
+                    if shares or words[state_word] == dozing:
                         shared.close()
                     elif head < limit or make_room():
                         where = ring[head & last_slot]
                         put(page, where, synceds[size], offset, handler.base + offset, value)
                         head += 1
                         words[head_word] = head
-                        if shares:
-                            give_way() if head & _TICK else give_way_timed()
                         for _ in spins:
                             if words[tail_word] == head:
                                 break
@@ -277,11 +277,6 @@ class Accesses:
                         upcalls = words[upcalls_word]
                         if upcalls > link.upcalls:
                             link.catch_up(upcalls, "SyncedWrite")
-                        return
-                if not tubed & _TICK:
-                    tick()
-                    if is_open:
-                        synced_write(offset, size, value)
                         return
                 tubed += 1
                 posted = False
@@ -304,6 +299,8 @@ class Accesses:
                     None, bytes(buffer[:got])
                 ):
                     link.dropped_writes += 1
+                elif not tubed & _TICK and not shared.shares:
+                    tick()
 
             handler.read, handler.write = read, synced_write if waits else write
             return handler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from devices.dma import GuestMemory, Turns
 from proxy import lane
@@ -46,7 +46,7 @@ class ChildHost:
         """Messages that could not be sent; the machine is gone then."""
         self.page: memoryview | None = None
         """The lane's page in words of 8 bytes, once it is mapped."""
-        self.turns = Turns(self.wrote_pages, lambda: self._send(m.WantTurn()), finish_work)
+        self.turns = Turns(self._wrote_runs, lambda: self._send(m.WantTurn()), finish_work)
 
     @property
     def fds(self) -> Mapping[str, int]:
@@ -69,7 +69,7 @@ class ChildHost:
         self._send(m.Msi(data, address))
 
     def wrote_pages(self, first: int, count: int) -> None:
-        self._send(m.WrotePages(count, first))
+        self._wrote_runs([(first, count)])
 
     def output(self, data: bytes) -> None:
         pending = self.pending
@@ -99,6 +99,10 @@ class ChildHost:
             data = bytes(self.pending)
             self.pending.clear()
             self._send(m.Output(data))
+
+    def _wrote_runs(self, runs: Sequence[tuple[int, int]]) -> None:
+        for start in range(0, len(runs), m.MAX_RUNS):
+            self._send(m.WrotePages(tuple(runs[start : start + m.MAX_RUNS])))
 
     def _send(self, upcall: m.Message) -> None:
         data = upcall.encode()

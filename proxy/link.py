@@ -293,8 +293,9 @@ class Link:
                 events.irq(name, pin, level)
             case m.Msi(data, address):
                 events.msi(name, address, data)
-            case m.WrotePages(count, first):
-                events.wrote_pages(name, first, count)
+            case m.WrotePages(runs):
+                for first, count in runs:
+                    events.wrote_pages(name, first, count)
             case m.WantTurn():
                 events.want_turn(name)
             case m.Output(data):

@@ -25,6 +25,7 @@ from proxy.shape import ClaimedRange, MemoryRegion, Shape
 from proxy.upcalls import (
     DWORD,
     EMPTY,
+    MAX_RUNS,
     ExitRequest,
     InputWanted,
     IrqLevel,
@@ -361,6 +362,7 @@ FROM_CHILD: Mapping[int, type[Message]] = {**REPLIES, **UPCALLS}
 __all__ = [
     "MAX_BYTES",
     "MAX_MESSAGE",
+    "MAX_RUNS",
     "MAX_TEXT",
     "ClaimedRange",
     "ExitRequest",

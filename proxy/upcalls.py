@@ -9,6 +9,10 @@ from proxy.codec import Message, PayloadMessage, TextMessage
 EMPTY = struct.Struct("<B")
 DWORD = struct.Struct("<B3xI")
 DWORD_QWORD = struct.Struct("<B3xIQ")
+_COUNT = struct.Struct("<I")
+_RUN = struct.Struct("<QQ")
+MAX_RUNS = 256
+"""Runs of pages in one message, at most."""
 
 
 class IrqLevel(Message, frozen=True):
@@ -30,16 +34,27 @@ class Msi(Message, frozen=True):
 
 
 class WrotePages(Message, frozen=True):
-    """`count` guest pages of 4 KiB from page number `first` were written."""
+    """Guest pages of 4 KiB were written: runs of them, each (number of the first, how many)."""
 
     opcode = 0x82
-    layout = DWORD_QWORD
-    count: int
-    first: int
+    limit = 5 + 16 * MAX_RUNS
+    runs: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if self.first + self.count > 1 << 52:
-            raise ValueError("pages past the end of the address space")
+        for first, count in self.runs:
+            if not (first >= 0 <= count and first + count <= 1 << 52):
+                raise ValueError("pages past the end of the address space")
+
+    def _body(self) -> bytes:
+        runs = [_RUN.pack(first, count) for first, count in self.runs]
+        return _COUNT.pack(len(runs)) + b"".join(runs)
+
+    @classmethod
+    def _parse(cls, body: bytes) -> WrotePages:
+        runs = tuple(_RUN.iter_unpack(body[_COUNT.size :]))
+        if _COUNT.unpack_from(body)[0] != len(runs):
+            raise ValueError("it does not have as many runs as it says")
+        return cls(runs)
 
 
 class Log(TextMessage, frozen=True):

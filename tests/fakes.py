@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from devices.dma import GuestMemory, Turns
@@ -23,7 +23,7 @@ class FakeHost:
         self.calls: list[tuple[Any, ...]] = []
         self.lines: dict[int, bool] = {}
         self.printed = bytearray()
-        self.turns = Turns(self.wrote_pages, lambda: self.calls.append(("want_turn",)), finish_work)
+        self.turns = Turns(self._wrote_runs, lambda: self.calls.append(("want_turn",)), finish_work)
 
     def ram(self, size: int, start: int = 0) -> bytearray:
         """Give it this much guest RAM, which the test can look at."""
@@ -72,6 +72,10 @@ class FakeHost:
 
     def wrote_pages(self, first: int, count: int) -> None:
         self.calls.append(("wrote_pages", first, count))
+
+    def _wrote_runs(self, runs: Sequence[tuple[int, int]]) -> None:
+        for first, count in runs:
+            self.wrote_pages(first, count)
 
     def output(self, data: bytes) -> None:
         self.calls.append(("output", data))

@@ -145,6 +145,13 @@ def test_what_is_no_text(tmp_path: Path, data: bytes) -> None:
     assert f"line {data.count(10) + 1} is not UTF-8".encode() in err
 
 
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()
+    found = read(tmp_path, text.partition("```toml\n")[2].partition("```")[0])
+    assert found["mem"] == "256M"
+    assert found["device"][0].values["addr"] == 0xF00
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     status, _, err = run("boot", "--config", str(tmp_path / "none.toml"))
     assert status == 2

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from fakes import FakeHost
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices.contract import Device, HasWork, TakesTurns
+from devices.bus import BusType
+from devices.contract import Device, HasWork, Region, TakesTurns
 from devices.dma import DmaFault, DmaMemory
 
 PAGE = 4096
@@ -20,7 +24,7 @@ class Ram:
     def __init__(self) -> None:
         self.told: list[tuple[int, int]] = []
         self.low, self.high = bytearray(LOW), bytearray(HIGH)
-        self.memory = DmaMemory(lambda first, count: self.told.append((first, count)))
+        self.memory = DmaMemory(self.told.extend)
         self.memory.map([(0, memoryview(self.low)), (HIGH_START, memoryview(self.high))])
 
 
@@ -65,7 +69,7 @@ def test_reads_and_writes_reach_the_last_byte_of_each_region() -> None:
 
 
 def test_without_a_region_everything_is_a_fault() -> None:
-    memory = DmaMemory(lambda first, count: None)
+    memory = DmaMemory(lambda runs: None)
     with pytest.raises(DmaFault):
         memory.read(0, 1)
 
@@ -97,7 +101,7 @@ def test_flush_tells_every_written_page_once(writes: list[tuple[int, int, bool]]
 
 def test_many_scattered_writes_are_kept_in_bounds() -> None:
     told: list[tuple[int, int]] = []
-    memory = DmaMemory(lambda first, count: told.append((first, count)))
+    memory = DmaMemory(told.extend)
     memory.map([(0, memoryview(bytearray(8192 * PAGE)))])
     for round_ in range(3):
         for page in range(0, 8192, 2):
@@ -198,6 +202,29 @@ def test_with_a_virtual_clock_work_belongs_to_the_turn() -> None:
     worker.more_work = 2
     host.turns.write(worker.write, 0, 1, 0)
     assert worker.story == ["write", "turn", "work", "turn", "work", "turn"]
+    assert host.calls == [("wrote_pages", 0, 1)]
+
+
+def test_the_example_of_the_documentation_works() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()
+    block = text.partition("```python\nclass Doubler")[2].partition("```")[0]
+    names: dict[str, Any] = {
+        "Device": Device,
+        "Region": Region,
+        "BusType": BusType,
+        "DmaFault": DmaFault,
+        "__name__": "example",
+    }
+    exec("class Doubler" + block, names)
+    host = FakeHost()
+    ram = host.ram(PAGE)
+    ram[8:12] = (21).to_bytes(4, "little")
+    doubler = names["Doubler"](host)
+    assert doubler.dma
+    assert doubler.regions()[0].synced
+    for address in (8, PAGE - 3, 0xFFFF_FFFF):
+        host.turns.write(doubler.write, 0, 4, address)
+    assert ram[8:12] == (42).to_bytes(4, "little")
     assert host.calls == [("wrote_pages", 0, 1)]
 
 

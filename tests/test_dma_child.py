@@ -238,7 +238,8 @@ def test_a_synced_write_is_done_and_told_when_it_returns(
             assert events.seen == told
             events.seen.clear()
         stats = device.stats()
-        assert bool(stats.lane_accesses) >= (shared is not None)
+        # On a shared CPU it goes by the tube.
+        assert bool(stats.lane_accesses) >= (shared is Seat.OWN)
         assert stats.dropped_writes == 0
 
 

@@ -55,7 +55,7 @@ def test_pages_past_the_end_of_the_address_space_are_a_fault() -> None:
         def carry_out(self, address: int) -> None:
             host: Any = self.host
             host._send(m.Log("before"))
-            host._end.send(m.WrotePages(1, 0).encode()[:8] + b"\xff" * 8)
+            host._end.send(m.WrotePages(((1, 1),)).encode()[:13] + b"\xff" * 8)
 
     with machine_with(Wild, TUBE) as machine:
         machine.boot(guest(synced=True, rounds=20))
@@ -92,7 +92,7 @@ class Flooder(Device):
 
 class PageFlooder(Flooder):
     def word(self) -> m.Message:
-        return m.WrotePages((1 << 32) - 1, 0)
+        return m.WrotePages(((0, (1 << 32) - 1),))
 
 
 class LineFlooder(Flooder):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from dma_device import BAD, GOOD, DmaProbe, guest
+from dma_device import BAD, BODY, DONE, GOOD, POSTED, SYNCED, DmaProbe, guest
 
+from devices.bus import BusType
 from devices.contract import Device
 from proxy import lane
 from vmm.config import ClockKind, HostOptions
@@ -79,3 +82,87 @@ def test_with_a_virtual_clock_every_run_is_the_same(way: str, synced: bool) -> N
             assert outcome.guest_value == GOOD
             runs.add((machine.parts.cpu.executed, machine.parts.cpu.get_state().rip))
     assert len(runs) == 1
+
+
+# Beside the guest, and across a suspend.
+
+
+class Watcher(DmaProbe):
+    """Puts what it reads from a pipe into guest memory at `BODY`, in a turn; stops at 4 bytes."""
+
+    held = b""
+    pipe = -1
+
+    def watched(self) -> tuple[int, ...]:
+        return (self.pipe,) if len(self.held) < 4 else ()
+
+    def ready(self, fd: int) -> None:
+        self.held += os.read(fd, 1)
+        self.host.want_turn()
+
+    def turn(self) -> None:
+        if len(self.held) == 4:
+            self.host.memory.write(DONE, self.held)
+            self.held = b""
+
+
+WAIT_FOR_DONE = bytes.fromhex(
+    # l: cmp dword [0x280000], 0x64636261; jne l; mov al, 1; out 0xf4, al; hlt
+    "813d000028006162636475f4b001e6f4f4"
+)
+
+
+def test_a_device_in_this_process_is_fed_while_the_guest_runs() -> None:
+    reader, writer = os.pipe()
+    with machine_with(type("Fed", (Watcher,), {"pipe": reader}), IN_PROCESS) as machine:
+        machine.boot(WAIT_FOR_DONE)
+        machine.run(budget=10_000_000)
+        os.write(writer, b"ab")
+        machine.run(budget=100_000_000)
+        machine.suspend()
+        os.write(writer, b"cd")
+        machine.parts.events.poll(0.0)  # what the suspend itself left there
+        assert not machine.parts.events.poll(0.05), "asleep, and fed"
+        machine.resume()
+        outcome = machine.run(timeout=30)
+        assert outcome.guest_value == 1, outcome
+    os.close(reader)
+    os.close(writer)
+
+
+@EVERYWHERE
+def test_a_turn_that_is_owed_survives_a_snapshot(way: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    with machine_with(DmaProbe, way) as machine:
+        machine.boot(guest(synced=False, rounds=10))
+        bus = machine.parts.buses[BusType.PIO]
+        bus.write(POSTED + 4, 4, 9)
+        bus.write(POSTED, 4, BODY)
+        machine.snapshot(saved)
+        assert machine.parts.memory.read(BODY, 1) == bytes(1), "the turn was not taken yet"
+        assert machine.run(timeout=30).guest_value == GOOD
+    with Machine.restore(
+        saved, models=[DmaProbe], host=HostOptions(fast_lane=way == LANE)
+    ) as machine:
+        assert machine.run(timeout=30).guest_value == GOOD
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("address", [16 << 20, (16 << 20) - 5, 0xE000_0000, 0xFFFF_FFFF])
+def test_an_address_outside_ram_is_the_guests_error(way: str, address: int) -> None:
+    with machine_with(DmaProbe, way) as machine:
+        machine.boot(guest(synced=True, rounds=2))
+        bus = machine.parts.buses[BusType.PIO]
+        bus.write(SYNCED, 4, address)
+        assert bus.read(SYNCED + 8, 4) == 2
+        assert machine.run(timeout=30).guest_value == GOOD
+
+
+def test_only_dma_devices_get_memory() -> None:
+    class Plain(DmaProbe):
+        dma = False
+
+    with machine_with(Plain, TUBE) as machine:
+        machine.boot(guest(synced=True, rounds=2))
+        assert not machine.parts.proxies[0].maps_memory
+        assert machine.run(timeout=30).guest_value == BAD

@@ -270,7 +270,7 @@ DEEP = b"[" * 20_000 + b"]" * 20_000
         b"\xf0\0\0\0" + struct.pack("<II", 0xFFFF_FFFF, 0) + bytes(20_000),
         b"\xf1\x01",
         b"\x80\x02\x00",
-        m.WrotePages.layout.pack(0x82, 5, (1 << 64) - 1) if m.WrotePages.layout else b"",
+        b"\x82\x01\0\0\0" + b"\xff" * 16,
         m.SnapshotResult(5).encode(),
         b"\x49" + DEEP,
         m.Read(4, 0, 0, 0, 0).encode(),

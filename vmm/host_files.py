@@ -15,11 +15,15 @@ from proxy.tube import close_all
 from vmm.config import DeviceConfig
 
 
+class HostFileError(UserError):
+    """A file that a device needs is not there, not what it must be, or not to be had."""
+
+
 def open_files(device: DeviceConfig, kind: type[Device]) -> dict[str, int]:
     """The descriptors for a device, by option; the caller owns them.
 
     Raises:
-        UserError: one cannot be opened, is of the wrong kind, or is in use by somebody else.
+        HostFileError: one cannot be opened, is of the wrong kind, or is in use by somebody else.
     """
     wanted = host_files(kind.Options)
     if not wanted:
@@ -50,7 +54,7 @@ def _open(path: str, file: HostFile, options: object, where: str) -> int:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, OSError) and error.errno == errno.EINVAL and flags & os.O_DIRECT:
             reason = f"this file system has no O_DIRECT; leave {file.direct_if} off"
-        raise UserError(f"{where}: {reason}") from error
+        raise HostFileError(f"{where}: {reason}") from error
     try:
         _check(fd, file, writable, where)
     except BaseException:
@@ -63,15 +67,15 @@ def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
     mode = os.fstat(fd).st_mode
     if file.directory:
         if not stat.S_ISDIR(mode):
-            raise UserError(f"{where}: is not a directory")
+            raise HostFileError(f"{where}: is not a directory")
         return
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise UserError(f"{where}: is neither a file nor a block device")
+        raise HostFileError(f"{where}: is neither a file nor a block device")
     # The lock is that of the open file: the device's process holds it until it ends.
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         mend = " or open both read-only" if file.read_only_if else ""
-        raise UserError(f"{where}: is in use by another machine; end that{mend}") from error
+        raise HostFileError(f"{where}: is in use by another machine; end that{mend}") from error
     except OSError:
         pass  # a file system without locks

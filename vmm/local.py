@@ -41,7 +41,7 @@ class LocalHost:
         self._name = name
         self._events = events
         self.fds = fds
-        self.turns = Turns(self.wrote_pages, lambda: events.want_turn(name), finish_work)
+        self.turns = Turns(self._wrote_runs, lambda: events.want_turn(name), finish_work)
 
     @property
     def memory(self) -> GuestMemory:
@@ -62,6 +62,10 @@ class LocalHost:
 
     def wrote_pages(self, first: int, count: int) -> None:
         self._events.wrote_pages(self._name, first, count)
+
+    def _wrote_runs(self, runs: Sequence[tuple[int, int]]) -> None:
+        for first, count in runs:
+            self.wrote_pages(first, count)
 
     def output(self, data: bytes) -> None:
         self._events.output(self._name, data)

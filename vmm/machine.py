@@ -48,6 +48,7 @@ from vmm.firmware.acpi import place_tables
 from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
 from vmm.firmware.mptable import build_mptable
 from vmm.firmware.platform import Platform
+from vmm.host_files import HostFileError
 from vmm.interrupt import noted_signals
 from vmm.local import DeviceFactory
 from vmm.memory import GuestMemory
@@ -386,7 +387,7 @@ class Machine:
 
         Raises:
             UserError: the snapshot is damaged, of a newer format, does not fit, has a model that
-                was not named, or a state that its device refuses.
+                was not named, a state that its device refuses, or a file that is gone.
             DeviceError: a device that does not come up.
         """
         path = Path(path)
@@ -397,8 +398,11 @@ class Machine:
         try:
             machine._build(lambda memory: saved.append(snapshots.load(path, memory)))
             saving.take_up(machine.parts, saved[0], path)
-        except BaseException:
+        except BaseException as error:
             machine.close()
+            if isinstance(error, HostFileError):
+                text = f"snapshot {path} needs what is not there: {error}"
+                raise HostFileError(text) from error
             raise
         return machine
 

@@ -1,0 +1,158 @@
+"""Files of the host that a device's options name: opened by the machine, handed over, checked."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import pytest
+from proxy_helpers import open_descriptors
+
+from devices.bus import BusType
+from devices.contract import Device, Region
+from devices.errors import UserError
+from devices.files import HostFile, host_files
+from devices.options import describe
+from vmm.config import DeviceConfig
+from vmm.host_files import open_files
+from vmm.machine import Machine
+from vmm.outcome import Ending
+
+READ_AND_EXIT = bytes.fromhex("66ba000eec66baf400eef4")
+"""mov dx, 0xe00; in al, dx; mov dx, 0xf4; out dx, al; hlt"""
+
+
+@dataclass(frozen=True)
+class ReaderOptions:
+    """What a user may set.
+
+    Attributes:
+        file: what is read, and perhaps
+            written.
+        folder: a directory.
+        readonly: do not open `file` for writing.
+        direct: past the host's cache.
+    """
+
+    file: Annotated[str, HostFile(read_only_if="readonly", direct_if="direct")] = ""
+    folder: Annotated[str, HostFile(directory=True)] = ""
+    readonly: bool = False
+    direct: bool = False
+
+
+class Reader(Device):
+    """A port that reads as the first byte of its file."""
+
+    model: ClassVar[str] = "reader"
+    Options = ReaderOptions
+
+    def regions(self) -> tuple[Region, ...]:
+        return (Region("port", BusType.PIO, 1, 0xE00),)
+
+    def read(self, offset: int, size: int) -> int:
+        return os.pread(self.host.fds["file"], 1, 0)[0]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"\x2a" + bytes(4095))
+    return path
+
+
+def opened(**options: Any) -> dict[str, int]:
+    return open_files(DeviceConfig("disk", "reader", options), Reader)
+
+
+def close(fds: dict[str, int]) -> None:
+    for fd in fds.values():
+        os.close(fd)
+
+
+def test_which_options_name_files() -> None:
+    assert set(host_files(ReaderOptions)) == {"file", "folder"}
+    file, folder, readonly, _ = describe(ReaderOptions)
+    assert (file.kind, file.meaning) == ("FILE", "what is read, and perhaps written")
+    assert (folder.kind, readonly.kind, readonly.default) == ("DIRECTORY", "true|false", "false")
+
+
+def test_rights_follow_the_options(disk: Path) -> None:
+    for text, rights in (("true", os.O_RDONLY), ("false", os.O_RDWR)):
+        fds = opened(file=str(disk), readonly=text, folder=str(disk.parent))
+        assert fcntl.fcntl(fds["file"], fcntl.F_GETFL) & os.O_ACCMODE == rights
+        assert fcntl.fcntl(fds["folder"], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        assert not os.get_inheritable(fds["file"])
+        close(fds)
+    assert opened() == {}
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_device_reads_its_file(disk: Path, isolated: bool) -> None:
+    before = open_descriptors()
+    with Machine(memory="16M", devices=()) as machine:
+        machine.add_device(Reader, "disk", isolated=isolated, file=str(disk))
+        machine.add_device("debug-exit", isolated=False, may_exit=True)
+        machine.boot(READ_AND_EXIT)
+        held = [each for each in open_descriptors() if each.endswith("disk.img")]
+        assert len(held) == (0 if isolated else 1), "a child's file is the child's alone"
+        outcome = machine.run(timeout=20)
+        assert (outcome.ending, outcome.guest_value) == (Ending.GUEST_EXIT, 0x2A)
+        with pytest.raises(UserError, match="in use by another machine"):
+            opened(file=str(disk))
+    close(opened(file=str(disk)))
+    assert open_descriptors() == before
+
+
+def test_readers_share_and_a_writer_does_not(disk: Path) -> None:
+    first, second = opened(file=str(disk), readonly=True), opened(file=str(disk), readonly=True)
+    with pytest.raises(UserError, match=r"device 'disk': file=.*disk\.img: is in use by another"):
+        opened(file=str(disk))
+    close(first)
+    close(second)
+    writer = opened(file=str(disk))
+    with pytest.raises(UserError, match="in use"):
+        opened(file=str(disk), readonly=True)
+    close(writer)
+
+
+def test_what_cannot_be_opened_is_one_line(tmp_path: Path, disk: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    before = open_descriptors()
+    for options, about in (
+        ({"file": str(tmp_path / "none")}, "No such file"),
+        ({"file": str(tmp_path)}, "Is a directory"),
+        ({"file": str(tmp_path), "readonly": True}, "neither a file nor a block device"),
+        ({"file": str(tmp_path / "pipe")}, "neither a file nor a block device"),
+        ({"file": "/dev/null"}, "neither a file nor a block device"),
+        ({"file": "a\0b"}, "null"),
+        ({"folder": str(disk), "file": str(disk)}, "is not a directory"),
+    ):
+        with pytest.raises(UserError, match=about) as caught:
+            opened(**options)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith("device 'disk': ")
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_restore_opens_it_again_or_says_that_it_is_gone(
+    tmp_path: Path, disk: Path, isolated: bool
+) -> None:
+    saved = tmp_path / "saved"
+    with Machine(memory="16M", devices=()) as machine:
+        machine.add_device(Reader, "disk", isolated=isolated, file=str(disk))
+        machine.add_device("debug-exit", isolated=False, may_exit=True)
+        machine.boot(READ_AND_EXIT)
+        machine.snapshot(saved)
+    disk.write_bytes(b"\x07")
+    with Machine.restore(saved, models=[Reader]) as machine:
+        assert machine.run(timeout=20).guest_value == 7
+    disk.unlink()
+    before = open_descriptors()
+    with pytest.raises(UserError, match=r"device 'disk': file=.*disk\.img: No such file") as caught:
+        Machine.restore(saved, models=[Reader])
+    assert str(caught.value).startswith(f"snapshot {saved} needs what is not there: ")
+    assert open_descriptors() == before
