@@ -4,8 +4,9 @@ One engine serves every mode of the CPU. Guest RAM is mapped into it; everything
 physical space is I/O, answered by the two buses. All of it happens on the thread that calls `run`;
 only `kick` may be called from another.
 
-What the engine leaves to us, and where it is done: exceptions and interrupts (`traps`, `delivery`),
-SYSCALL and SYSENTER (`fastcall`), CPUID (`cpuid`), stops (`budget`), the hidden state (`registers`).
+What the engine leaves to us, and where it is done: exceptions and interrupts (`traps`,
+`delivery`), SYSCALL and SYSENTER (`fastcall`), CPUID (`cpuid`), stops (`budget`), the hidden state
+(`registers`).
 
 Callbacks are called by machine code and must not raise: each catches everything, the first
 failure ends the run, and `run` raises it.
