@@ -1,6 +1,6 @@
 """Echo: the smallest complete device, and the one to copy.
 
-Eight bytes of port I/O at 0xEC0, or of MMIO at 0xD0000000 with ``bus=mmio`` (``addr=`` puts it
+Eight bytes of port I/O at 0xEC0, or of MMIO at 0xC8000000 with ``bus=mmio`` (``addr=`` puts it
 elsewhere). What the guest writes, it reads back; the register keeps its value across suspend,
 snapshot and restore.
 """
@@ -45,7 +45,7 @@ class Echo(Device):
 
     def regions(self) -> tuple[Region, ...]:
         bus = self.options.bus
-        start = 0xEC0 if bus is BusType.PIO else 0xD000_0000
+        start = 0xEC0 if bus is BusType.PIO else 0xC800_0000
         return (Region("register", bus, 8, start),)
 
     def read(self, offset: int, size: int) -> int:

@@ -68,7 +68,7 @@ def _gone_now(pid: int) -> bool:
 
 def test_run_until_output_and_on() -> None:
     with Machine(memory="16M") as machine:
-        machine.boot(guests.patched("counter", delay=100_000))
+        machine.boot(guests.patched("counter", delay=3_000_000))
         assert machine.run(until="counter 3\n", timeout=30).ending is Ending.PAUSED
         assert b"counter 3\n" in machine.output
         assert machine.run(until=b"counter 9\n", timeout=30).ending is Ending.PAUSED

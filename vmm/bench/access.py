@@ -20,7 +20,7 @@ from vmm.config import DeviceConfig, HostOptions
 from vmm.cpu.engine import StopReason
 from vmm.machine import Machine
 
-REGISTER = 0xD000_0000
+REGISTER = 0xC800_0000
 """Where the measured echo register is mapped."""
 
 LOAD = bytes.fromhex("8b03")  # mov eax, [ebx]
