@@ -35,6 +35,7 @@ snapshot-then = "quit"
 json = true
 debug-console = "stderr"
 screen = true
+screen-live = true
 trace = "unclaimed"
 symbols = "map"
 stats = true
