@@ -26,8 +26,8 @@ MODELS: dict[str, str] = {
     "debug-exit": "devices.debug_exit:DebugExit",
 }
 
-LARGEST_FILE = 4 << 20
-"""Bytes of a file that an option may name."""
+LARGEST_FILE = 512 << 10
+"""Bytes of a file that an option may name: it travels to the device process with its options."""
 
 
 def load(model: str) -> type[Device]:
@@ -100,7 +100,7 @@ def inline_files(model: type[Device], options: Mapping[str, Any]) -> dict[str, A
             raise UserError(f"device '{model.model}': {key}={value}: {reason}") from error
         if len(data) > LARGEST_FILE:
             raise UserError(
-                f"device '{model.model}': {key}={value}: it has more than {LARGEST_FILE >> 20} MiB"
+                f"device '{model.model}': {key}={value}: it has more than {LARGEST_FILE >> 10} KiB"
             )
         inlined[key] = base64.b64encode(data).decode()
     return inlined

@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import time
 
 from devices.contract import Device, HasWork, Watches
 from proxy import lane
@@ -31,7 +32,9 @@ POLL_SPINS = 600
 FLUSH_MS = 2
 """Quiet time on the tube before gathered output is sent: nobody sees it, and a guest that prints
 character by character wakes the machine once for many."""
-PATIENCE = 64
+QUIET_NS = 300_000
+"""The same on a shared CPU, where looks are no measure of time."""
+PATIENCE = 256
 """Commands after which gathered output is sent in any case."""
 POLL_YIELDS = 48
 """The same on a CPU that is shared with the machine, which may run guest code between two looks."""
@@ -176,7 +179,8 @@ class ChildLoop:
         head_word, tail_word, value_word, door_word = lane.HEAD, lane.TAIL, lane.VALUE, lane.DOOR
         ring, last_slot = lane.RING, lane.RING_SLOTS - 1
         shares, give_way = self._lane_shares, os.sched_yield
-        patience = POLL_YIELDS if shares else POLL_SPINS
+        patience, between = (POLL_YIELDS, 1) if shares else (POLL_SPINS, TUBE_SPINS)
+        now, quiet_at = time.perf_counter_ns, 0
         host.quiet = False
         while True:
             if words[head_word] != tail:
@@ -197,20 +201,24 @@ class ChildLoop:
                 continue
             spins += 1
             if shares:
+                if spins == 1:
+                    quiet_at = now() + QUIET_NS
                 give_way()
-            if spins % TUBE_SPINS:
+            if spins % between:
                 continue
             self._tail = tail
             if words[door_word] != self._door:
                 self._door = words[door_word]
                 self._take(socket.MSG_DONTWAIT)
-            elif host.pending and (spins >= patience or tail - flushed > PATIENCE):
+            elif host.pending and (
+                tail - flushed > PATIENCE or (now() > quiet_at if shares else spins >= patience)
+            ):
                 host.flush()
                 flushed = tail
             elif does_more and tail - glanced > PATIENCE:
                 self._look_around(0)
                 glanced = tail
-            elif spins >= patience:
+            elif spins >= patience and (not shares or now() > quiet_at):
                 self._doze(words)
                 spins = 0
             if not self._lane_state:

@@ -24,6 +24,11 @@ QUICK_NS = 50_000 * BURST
 """`BURST` accesses within this time are worth a lane."""
 STRIKES = 4
 """Slow waits after which a lane is closed: its child does not get the CPU."""
+DENSE_NS = 10_000 * BURST
+"""`BURST` accesses on a shared CPU within this time leave the guest next to no time of its own."""
+DENSE_BURSTS = 32
+"""So many of them in a row are worth a CPU for the child. Shorter ones are not: to wake a child on
+another CPU takes as long as some twenty accesses."""
 SLOW_NS = 250_000
 """An exchange on a shared CPU that took so long waited for somebody else's process."""
 YIELDS = 32
@@ -63,6 +68,9 @@ class MachineLane:
         self.dozing = 1
         self.shares = False
         self.openings = 0
+        self._dense = 0
+        self._opened_at = 0
+        self._order = (Seat.SHARED, Seat.OWN)
         self.on_change: Callable[[], None] = lambda: None
         self._generation = 0
         self._door = 0
@@ -87,14 +95,15 @@ class MachineLane:
         seat = next(
             (
                 seat
-                for seat in Seat
+                for seat in self._order
                 if now >= self._not_before[seat] and placement.grant(self, link.child.pid, seat)
             ),
             None,
         )
         if seat is None:
             return False
-        self._strikes = 0
+        self._strikes = self._dense = 0
+        self._opened_at = words[lane.HEAD]
         self.shares = seat is Seat.SHARED
         if not self._post(m.LaneOpen(int(self.shares), self._generation + 1)):
             placement.release(self)
@@ -110,6 +119,9 @@ class MachineLane:
         """Take accesses through the tube from here on; what is in the ring comes first."""
         if not self.is_open or self._link.session.awaiting is not None:
             return
+        words = self.words
+        long = words is not None and words[lane.HEAD] - self._opened_at >= DENSE_BURSTS * BURST
+        self._order = (Seat.OWN, Seat.SHARED) if long else (Seat.SHARED, Seat.OWN)
         self.abandon()
         self._backoff_ns = BACKOFF_NS
         if self._post(m.LaneClose()) and self._placement is not None:
@@ -150,11 +162,21 @@ class MachineLane:
             self.open()
 
     def give_way(self) -> None:
-        """Let the child on this CPU run, and see whether it is the child that runs."""
+        """Let the child on this CPU run; once in `BURST` accesses, to see whether it pays.
+
+        A third process may want the CPU, or the child deserves one of its own.
+        """
         began = perf_counter_ns()
         os.sched_yield()
-        if perf_counter_ns() - began > SLOW_NS:
+        ended = perf_counter_ns()
+        dense, self._last_tick = ended - self._last_tick < DENSE_NS, ended
+        self._dense = self._dense + 1 if dense else 0
+        if ended - began > SLOW_NS:
             self._strike()
+        elif self._dense >= DENSE_BURSTS:
+            self._dense = 0
+            if self._placement is not None and self._placement.has_seat(Seat.OWN):
+                self.close()
 
     def wait_tail(self, least: int, head: int, doing: str) -> int | None:
         """Wait until `TAIL` is at least `least`; its value, or None on failure.

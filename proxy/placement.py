@@ -78,6 +78,11 @@ class Placement:
             _move(pid, {cpu})
         return cpu
 
+    def has_seat(self, seat: Seat) -> bool:
+        """Whether `grant` may find a seat of this kind."""
+        holders = [each for each, held in self._pollers.items() if held is seat]
+        return len(holders) < self.places[seat] or any(each.idle() for each in holders)
+
     def grant(self, poller: Poller, pid: int, seat: Seat) -> bool:
         """Give `poller` a seat of this kind if there is one, perhaps from one that is idle."""
         holders = [each for each, held in self._pollers.items() if held is seat]

@@ -342,3 +342,20 @@ def test_a_kernel_that_gave_up_is_named(tmp_path: Path) -> None:
     done = run("boot", str(tmp_path / "panic.bin"))
     assert done.returncode == 12
     assert done.stderr == b"vmm: reset: kernel panic: Oh ? no!\r\n"
+
+
+def test_statistics_say_where_the_time_went(tmp_path: Path) -> None:
+    """A guest that computes, uses a device, raises an exception and sleeps; the parts add up."""
+    began = time.monotonic()
+    done = run("boot", "default", "--stats", "--json")
+    wall = time.monotonic() - began
+    spent = json.loads(done.stdout)["stats"]["seconds"]
+    assert {"serial", "echo"} <= spent["devices"].keys()
+    numbers = [value for name, value in spent.items() if isinstance(value, float)]
+    assert min(numbers) >= 0.0
+    assert spent["start_up"] > 0.0
+    total = sum(numbers) + sum(spent["devices"].values())
+    assert total <= wall + 0.1  # the process's start is known to a hundredth of a second
+    text = run("boot", "default", "--stats").stderr
+    assert b"vmm: time: start-up and end " in text
+    assert b"vmm: time in devices: " in text

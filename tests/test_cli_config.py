@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named_with_its_line(
         ('model = "nothing"\n', 4, "unknown device model 'nothing'"),
         ('model = "echo"\nadr = 3\n', 5, "has no option 'adr'"),
         ('model = "echo"\nname = "x"\nbus = "isa"\n', 6, "bus=isa"),
-        ('model = "echo"\nslot = "two"\n', 5, "slot=two is not a number"),
+        ('model = "echo"\nslot = "two"\n', 5, "slot=two is not [BRIDGE:]DEVICE"),
         ('model = "echo"\nirq = true\n', 5, "irq=True is not a number"),
         ('model = "echo"\nisolation = "some"\n', 5, "isolation is 'jail' or 'none'"),
     ],

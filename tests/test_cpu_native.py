@@ -95,13 +95,13 @@ def run(way: str, name: str, user: bool, change: Callable[[Scene], Any]) -> tupl
         bench.memory.write(CODE, bytes.fromhex(PROGRAMS[name]) + b"\xf4")
         change(what)
         cpu = bench.cpu
-        events = cpu._events
+        events = cpu.traps._events
         assert events is not None
         if way != "native":
             events._block.ram_size = 0  # no address is in RAM: always to Python
         if way == "complete":
-            cpu._delivery._quick.deliver = lambda *_: False  # type: ignore[method-assign]
-            cpu._fast._quick.find = lambda *_: -1  # type: ignore[method-assign]
+            cpu.traps._delivery._quick.deliver = lambda *_: False  # type: ignore[method-assign]
+            cpu.traps.fast._quick.find = lambda *_: -1  # type: ignore[method-assign]
         cpu.set_state(what.state)
         injected = cpu.inject(0x21) if name == "interrupt" else None
         stop = cpu.run(3000)
@@ -414,7 +414,7 @@ def test_without_machine_code() -> None:
         "assert native.load() is None\n"
         "from cpu_bench import Bench\n"
         "with Bench() as bench:\n"
-        "    assert bench.cpu._events is None\n"
+        "    assert bench.cpu.traps._events is None\n"
         "    bench.run(bench.long(), b'\\xcc')\n"
         "    assert bench.vector() == 3\n"
     )

@@ -74,31 +74,36 @@ def boot(machine: Machine, append: str = "", entry: KernelEntry = KernelEntry.AU
     return shell
 
 
+def assert_a_second_takes_a_second(shell: Shell) -> None:
+    """By the guest's own clock, whichever timer wakes it."""
+    slept = shell.ask("time sleep 1")
+    real = next(line for line in slept.splitlines() if line.startswith("real"))
+    assert 1.0 <= float(real.split()[2].rstrip("s")) < 2.0, slept
+
+
 def test_to_a_shell_and_off(machine: Machine) -> None:
     shell = boot(machine)
     assert "IO-APIC" in shell.ask("cat /proc/interrupts")
     dmesg = shell.ask("dmesg")
     for complaint in ("BUG:", "Oops", "WARNING:", "ACPI Error", "ACPI BIOS Error", "unhandled"):
         assert complaint not in dmesg
-    slept = shell.ask("time sleep 1")
-    real = next(line for line in slept.splitlines() if line.startswith("real"))
-    assert 1.0 <= float(real.split()[2].rstrip("s")) < 2.0, slept
+    assert_a_second_takes_a_second(shell)
     machine.send("poweroff -f\r")
     assert machine.run(timeout=60).ending is Ending.POWERED_OFF
 
 
 @pytest.mark.parametrize(
-    ("append", "entry", "controller"),
+    ("append", "entry", "controller", "timer"),
     [
-        ("acpi=off", KernelEntry.AUTO, "XT-PIC"),
-        ("noapic nolapic mitigations=off", KernelEntry.AUTO, "XT-PIC"),
-        ("kaslr", KernelEntry.BZIMAGE, "IO-APIC"),
+        ("acpi=off", KernelEntry.AUTO, "XT-PIC", "pit"),
+        ("noapic nolapic mitigations=off", KernelEntry.AUTO, "XT-PIC", "hpet"),
+        ("kaslr", KernelEntry.BZIMAGE, "IO-APIC", "lapic"),
         # This CPU does not speculate, so Linux must be told to guard against it.
-        ("pti=on spectre_v2=retpoline", KernelEntry.AUTO, "IO-APIC"),
+        ("pti=on spectre_v2=retpoline", KernelEntry.AUTO, "IO-APIC", "lapic"),
     ],
 )
 def test_other_ways_to_boot(
-    machine: Machine, append: str, entry: KernelEntry, controller: str
+    machine: Machine, append: str, entry: KernelEntry, controller: str, timer: str
 ) -> None:
     shell = boot(machine, append, entry)
     assert controller in shell.ask("cat /proc/interrupts")
@@ -106,6 +111,10 @@ def test_other_ways_to_boot(
         dmesg = shell.ask("dmesg")
         assert "page tables isolation: enabled" in dmesg
         assert "Spectre V2 : Mitigation: Retpolines" in dmesg
+    shell.ask("mount -t sysfs sys /sys")
+    place = "/sys/devices/system/clockevents/clockevent0"
+    assert f"\n{timer}\r" in shell.ask(f"cat {place}/current_device")
+    assert_a_second_takes_a_second(shell)
     machine.send("reboot -f\r")
     outcome = machine.run(timeout=60)
     assert outcome.ending in (Ending.RESET, Ending.CRASHED), outcome
@@ -204,3 +213,67 @@ def test_snapshot_of_a_shell_goes_on_in_another_machine(machine: Machine, tmp_pa
         restored.send("\r")
         again.wait()
         assert "kept 5" in again.ask("echo $(cat /tmp/file) $X")
+
+
+READY = b"linux-guest: ready"
+
+
+def command(*arguments: str, typed: bytes = b"") -> tuple[int, bytes]:
+    """Status and output of one ``python -m vmm``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", *arguments],
+        input=typed,
+        capture_output=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )
+    assert b"Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+def test_the_command_line_saves_in_mid_boot_and_goes_on_elsewhere(tmp_path: Path) -> None:
+    """Three processes; the console is byte by byte that of a run in one."""
+    place = Path(DIRECTORY)
+    start = ["boot", str(place / "vmlinuz"), "--initrd", str(place / "initramfs.cpio.gz")]
+    start += ["--append", "console=ttyS0", "--mem", "256M", "--clock", "virtual"]
+    outputs = []
+    for name, how, when in (
+        ("whole", start, READY),
+        ("early", start, b"Trying to unpack rootfs"),
+        ("late", ["restore", str(tmp_path / "early")], READY),
+    ):
+        status, output = command(
+            *how, "--snapshot", str(tmp_path / name), "--snapshot-at", when.decode(),
+            "--snapshot-then", "quit",
+        )  # fmt: skip
+        assert (status, when in output) == (0, True), output[-1000:]
+        outputs.append(output)
+    whole, early, late = outputs
+    assert READY not in early
+    assert (early + late).partition(READY)[0] == whole.partition(READY)[0]
+    status, output = command("restore", str(tmp_path / "late"), typed=b"poweroff -f\r")
+    assert (status, b"reboot: Power down" in output) == (0, True), output
+
+
+def test_stops_at_random_points_change_nothing_in_real_time(machine: Machine) -> None:
+    """Suspend and resume while Linux boots and works; the lines that it prints are the same."""
+    rng = random.Random(7)
+    machine.boot(Path(DIRECTORY) / "vmlinuz", options())
+    for _ in range(25):
+        machine.run(budget=rng.randrange(1, 100_000_000))
+        machine.suspend()
+        machine.resume()
+    shell = Shell(machine)
+    shell.wait()
+    numbers = shell.ask("i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo $i; done").split()
+    assert [n for n in numbers if n.isdigit()][-300:] == [str(n) for n in range(1, 301)]
+    machine.send("i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo n$i.; done\r")
+    before = len(machine.output)
+    for _ in range(25):
+        machine.run(budget=rng.randrange(1, 3_000_000))
+        machine.suspend()
+        machine.resume()
+    printed = shell.wait()[before:].replace("\r", "").split("\n")
+    counted = [line for line in printed if line.startswith("n") and line.endswith(".")]
+    assert counted == [f"n{n}." for n in range(1, 2001)]

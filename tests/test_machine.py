@@ -455,3 +455,12 @@ def test_second_serial_port_and_second_function() -> None:
     assert irqs["second"] == 3
     assert b"00:07.0" in machine.output
     assert b"3 functions" in machine.output
+
+
+def test_kernels_find_the_bios_data_that_they_look_for() -> None:
+    """Xen, for one, puts its trampoline below what these say, and nowhere good without them."""
+    with Machine(memory="16M") as machine:
+        machine.boot("multiboot")
+        memory = machine.parts.memory
+        assert int.from_bytes(memory.read(0x40E, 2), "little") << 4 == 0x9FC00
+        assert int.from_bytes(memory.read(0x413, 2), "little") == 639

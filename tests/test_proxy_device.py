@@ -381,8 +381,8 @@ def test_pci_function(warden: Warden, events: Recorder) -> None:
         place = Range(0xE000_0000, size)
         assert RegionRange(info.region, place) in result.mmio_add
         assert m.ClaimedRange(info.region, info.bus, place) in device.get_ranges()
-        assert device.read_virtual_config(0) == 0
-        device.write_virtual_config(0, 1)
+        assert device.read_virtual_config(1) == 0
+        device.write_virtual_config(1, 1)
         saved = device.snapshot()
         device.write_config(command, 0, b"\x00\x00")
         assert device.get_ranges() == []

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from devices.errors import UserError
 from proxy.jail import JailMode
 from proxy.shape import ISA_LINES
-from vmm.slots import Place
+from vmm.places import Place
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 """Device names become file names in a snapshot, so they are kept to this."""

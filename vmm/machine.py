@@ -12,7 +12,6 @@ Everything here happens on the thread that calls `run` (the vCPU thread).
 from __future__ import annotations
 
 import itertools
-import re
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -21,11 +20,10 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from devices.bus import BusType
 from devices.contract import Device, DeviceHost
 from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.jail import JailMode
-from vmm import saving, sources
+from vmm import post, saving, sources
 from vmm import snapshot as snapshots
 from vmm.boot import firmware
 from vmm.boot.loader import load
@@ -43,17 +41,12 @@ from vmm.config import (
 )
 from vmm.console import ConsoleBuffer
 from vmm.events import FAR
-from vmm.firmware.acpi import place_tables
-from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
-from vmm.firmware.mptable import build_mptable
-from vmm.firmware.platform import Platform
 from vmm.host_files import HostFileError
 from vmm.interrupt import noted_signals
 from vmm.local import DeviceFactory
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
-from vmm.pc import platform_of
 from vmm.vcpu import UNLIMITED
 
 KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
@@ -61,12 +54,6 @@ KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
 TIMEOUT_GRACE = 1.0
 SIGNAL_GRACE = 0.2
 """Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
-_PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]*)")
-_PANIC_REACH = 64 << 10
-"""Bytes at the end of the console's output in which Linux's last words are looked for."""
-_PANIC_ENDS = frozenset((Ending.RESET, Ending.CRASHED, Ending.TIMEOUT, Ending.HALTED))
-ELCR_HIGH = 0x4D1
-"""Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
 
 
 class Machine:
@@ -201,13 +188,11 @@ class Machine:
         """
         data, options = sources.read_image(image, options)
         parts = self.parts
-        board = platform_of(parts.memory)
-        tables = place_tables(board)
-        result = load(parts.memory, data, replace(options, rsdp=tables.rsdp))
+        rsdp = post.root_pointer(parts.memory)
+        result = load(parts.memory, data, replace(options, rsdp=rsdp))
         if result.format in KERNELS:
-            parts.memory.write(tables.start, tables.data)
-            parts.memory.write(MPTABLE_ADDRESS, build_mptable(board))
-        self._play_firmware(board)
+            post.write_tables(parts.memory)
+        post.set_up_pci(parts)
         parts.cpu.set_state(result.state)
         parts.symbols = result.symbols
         self._loaded = result
@@ -223,15 +208,6 @@ class Machine:
         self.parts.cpu.set_state(result.state)
         self._loaded = result
         return result
-
-    def _play_firmware(self, board: Platform) -> None:
-        """What a guest may expect to be done before it starts: BARs placed, PCI lines level."""
-        parts = self.parts
-        for problem in parts.pci.assign_resources(board.mmio_window, board.io_window):
-            parts.wiring.log("pci", problem)
-        level = sum(1 << irq - 8 for irq in board.level_irqs())
-        parts.buses[BusType.PIO].write(ELCR_HIGH, 1, level)
-        parts.buses[BusType.PIO].recent.clear()  # that was us
 
     def run(
         self,
@@ -283,17 +259,7 @@ class Machine:
         outcome = vcpu.take_outcome()
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        return self._with_panic(outcome)
-
-    def _with_panic(self, outcome: Outcome) -> Outcome:
-        """Say it if what looks like an ordinary end is that of a kernel that gave up."""
-        if outcome.ending not in _PANIC_ENDS:
-            return outcome
-        found = _PANIC.findall(self.console.output[-_PANIC_REACH:])
-        if not found:
-            return outcome
-        said = f"kernel panic: {found[-1].decode('utf-8', 'replace').strip()}"
-        return replace(outcome, detail=f"{outcome.detail}; {said}" if outcome.detail else said)
+        return outcome.with_panic(self.console.output)
 
     def _noted_signal(self, number: int) -> None:
         self._signal = number

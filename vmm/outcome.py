@@ -7,7 +7,8 @@ so everything that the machine itself has to say is even.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -62,6 +63,12 @@ _STATUS = {
 }
 
 
+_PANIC = re.compile(rb"(?<!end )Kernel panic - not syncing: ([^\r\n]*)")
+_PANIC_REACH = 64 << 10
+"""Bytes at the end of the console's output in which Linux's last words are looked for."""
+_PANIC_ENDS = frozenset((Ending.RESET, Ending.CRASHED, Ending.TIMEOUT, Ending.HALTED))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What `Machine.run` came back with.
@@ -96,3 +103,17 @@ class Outcome:
             "guest_value": self.guest_value,
             "device": self.device,
         }
+
+    def with_panic(self, output: bytearray) -> Outcome:
+        """Say it if what looks like an ordinary end is that of a kernel that gave up.
+
+        Args:
+            output: what the console has printed.
+        """
+        if self.ending not in _PANIC_ENDS:
+            return self
+        found = _PANIC.findall(output[-_PANIC_REACH:])
+        if not found:
+            return self
+        said = f"kernel panic: {found[-1].decode('utf-8', 'replace').strip()}"
+        return replace(self, detail=f"{self.detail}; {said}" if self.detail else said)

@@ -13,7 +13,7 @@ from devices.pci.contract import PciConfig
 from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
 from vmm.attachment import Attachment
-from vmm.slots import Place
+from vmm.places import Place
 
 
 def plug_in(root: PciRoot, attachments: Sequence[Attachment]) -> None:

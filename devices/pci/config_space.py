@@ -77,7 +77,7 @@ class ConfigSpaceOptions:
         vendor_id: as the function's header shows it.
         device_id: the same.
         ram_size: bytes behind BAR 2, a power of two from 4 KiB to 16 MiB.
-        rom: a file with an expansion ROM, up to 4 MiB.
+        rom: a file with an expansion ROM, up to 512 KiB.
     """
 
     vendor_id: U16 = 0x1234

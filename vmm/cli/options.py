@@ -201,7 +201,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--symbols", metavar="FILE", help="names for crash reports: an ELF file or a System.map"
     )
-    run.add_argument("--stats", action="store_true", help="at the end, say where accesses went")
+    run.add_argument(
+        "--stats", action="store_true", help="at the end, say where time and accesses went"
+    )
     host = parser.add_argument_group("device processes")
     host.add_argument(
         "--jail",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from typing import Any
 
 from vmm.machine import Machine
@@ -27,6 +29,7 @@ def stats_values(machine: Machine) -> dict[str, Any]:
             **dataclasses.asdict(proxy.stats()),
         }
     return {
+        "seconds": _seconds(machine),
         "vcpu": {"executed_bytes": parts.cpu.executed, **dataclasses.asdict(parts.vcpu.stats)},
         "placement": parts.placement.describe(),
         "unclaimed": {
@@ -38,10 +41,49 @@ def stats_values(machine: Machine) -> dict[str, Any]:
     }
 
 
+def _seconds(machine: Machine) -> dict[str, Any]:
+    """Where the time went: nothing is counted twice, so it adds up."""
+    parts = machine.parts
+    vcpu, traps = parts.vcpu.stats, parts.cpu.traps
+    devices: dict[str, float] = {}
+    for bus in parts.buses.values():
+        for name, stats in bus.stats().items():
+            devices[name] = devices.get(name, 0.0) + (stats.read_ns + stats.write_ns) / 1e9
+    exceptions = traps.ns / 1e9
+    in_engine = vcpu.executing - exceptions - sum(devices.values())
+    return {
+        "start_up": round(_age() - vcpu.total, 6),
+        "engine": round(max(in_engine, 0.0), 6),
+        "exceptions": round(exceptions, 6),
+        "exceptions_count": traps.count,
+        "devices": {name: round(value, 6) for name, value in devices.items() if value},
+        "idle": round(vcpu.idle, 6),
+        "machine": round(max(vcpu.total - vcpu.executing - vcpu.idle, 0.0), 6),
+    }
+
+
+def _age() -> float:
+    """Seconds since this process started (proc(5), field 22 of stat)."""
+    with open("/proc/self/stat") as file:
+        started = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
 def stats_lines(values: dict[str, Any]) -> list[str]:
     """The same for people."""
-    vcpu = values["vcpu"]
+    vcpu, spent = values["vcpu"], values["seconds"]
+    busiest = sorted(spent["devices"].items(), key=lambda item: -item[1])
     lines = [
+        f"time: start-up and end {spent['start_up']:.3f} s, engine {spent['engine']:.3f} s, "
+        f"exceptions {spent['exceptions']:.3f} s "
+        f"({spent['exceptions_count']} in Python, the others are in the engine's time), "
+        f"devices {sum(spent['devices'].values()):.3f} s, idle {spent['idle']:.3f} s, "
+        f"the machine's loop {spent['machine']:.3f} s",
+        *(
+            [f"time in devices: {', '.join(f'{name} {used:.3f} s' for name, used in busiest)}"]
+            if busiest
+            else []
+        ),
         f"vcpu: {vcpu['executed_bytes']:,} bytes of code in {vcpu['slices']} slices, "
         f"{vcpu['interrupts']} interrupts, idle {vcpu['idle']:.3f} s",
         f"placement: {values['placement']}",
@@ -71,8 +113,8 @@ def stats_lines(values: dict[str, Any]) -> list[str]:
 
 
 def _count(stats: dict[str, Any], what: str) -> str:
-    number, time = stats[f"{what}s"], stats[f"{what}_us"]
-    each = f" ({time / number:.1f} us each)" if number and time else ""
+    number, spent = stats[f"{what}s"], stats[f"{what}_us"]
+    each = f" ({spent / number:.1f} us each)" if number and spent else ""
     return f"{number} {what}s{each}"
 
 

@@ -4,8 +4,9 @@ One engine serves every mode of the CPU. Guest RAM is mapped into it; everything
 physical space is I/O, answered by the two buses. All of it happens on the thread that calls `run`;
 only `kick` may be called from another.
 
-What the engine leaves to us, and where it is done: exceptions and interrupts (`delivery`), SYSCALL
-and SYSENTER (`fastcall`), CPUID (`cpuid`), stops (`budget`), the hidden state (`registers`).
+What the engine leaves to us, and where it is done: exceptions and interrupts (`traps`,
+`delivery`), SYSCALL and SYSENTER (`fastcall`), CPUID (`cpuid`), stops (`budget`), the hidden state
+(`registers`).
 
 Callbacks are called by machine code and must not raise: each catches everything, the first
 failure ends the run, and `run` raises it.
@@ -14,47 +15,23 @@ failure ends the run, and `run` raises it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from devices.bus import Bus
 from vmm.cpu.accelerator import accelerate, available
 from vmm.cpu.access import install_cpuid, install_io, install_tsc
 from vmm.cpu.budget import NO_LIMIT, Budget
 from vmm.cpu.context import F_IF, NONE, Context
-from vmm.cpu.delivery import (
-    HAS_ERROR_CODE,
-    INVALID_OPCODE,
-    PROTECTION,
-    Delivery,
-    Source,
-    TripleFault,
-)
-from vmm.cpu.fastcall import FastCalls
 from vmm.cpu.layout import H_SHADOW
-from vmm.cpu.library import (
-    DATA_ERRORS,
-    FETCH_ERRORS,
-    HOOK_INTERRUPT,
-    HOOK_INVALID,
-    REG,
-    Engine,
-    InterruptCallback,
-    InvalidCallback,
-    SyscallCallback,
-    error_name,
-)
-from vmm.cpu.native import NativeEvents
-from vmm.cpu.paging import Fault, Linear, Physical
+from vmm.cpu.library import REG, Engine
+from vmm.cpu.paging import Linear, Physical
 from vmm.cpu.registers import Registers
 from vmm.cpu.state import CpuState
 from vmm.cpu.stop import Stop, StopReason
 from vmm.cpu.translations import invalidate
+from vmm.cpu.traps import EXCEPTION_COST, Traps
 from vmm.memory import GuestMemory
 
 __all__ = ["EXCEPTION_COST", "STEP_COST", "Cpu", "Stop", "StopReason"]
-
-EXCEPTION_COST = 64
-"""Budget spent for each delivered exception, so that endless exceptions end a run too."""
 
 STEP_COST = 4
 """What `Cpu.step` adds to the virtual clock for each instruction."""
@@ -98,8 +75,6 @@ class Cpu:
         self._kicked = False
         self._requested = False
         self._counting = False
-        self._final: Stop | None = None
-        self._failure: BaseException | None = None
         self._regions = [(region.start, region.end) for region in memory.regions]
         self._engine = engine = Engine()
         for region in memory.regions:
@@ -109,14 +84,12 @@ class Cpu:
         self._context = context = Context(engine)
         self._physical = Physical(memory, mmio)
         self._linear = Linear(context, self._physical)
-        self._delivery = Delivery(context, self._linear)
-        self._fast = FastCalls(context, self._linear)
         self._registers = Registers(context, self._budget)
-        install_io(engine, self._regions, ports, mmio, self._fail)
-        self._install_traps(memory)
-        install_cpuid(engine, context, self._fail)
+        self.traps = traps = Traps(engine, context, self._linear, self._budget, memory.regions[0])
+        install_io(engine, self._regions, ports, mmio, traps.fail)
+        install_cpuid(engine, context, traps.fail)
         if tsc is not None:
-            install_tsc(engine, context, tsc, self._fail)
+            install_tsc(engine, context, tsc, traps.fail)
         self._accelerated = native and available()
         accelerate(engine, self._accelerated)
         self.set_state(CpuState())
@@ -141,7 +114,7 @@ class Cpu:
         """
         self._registers.load(state)
         self.halted = state.halted
-        self._final = None
+        self.traps.final = None
         self._requested = False
 
     @property
@@ -178,7 +151,7 @@ class Cpu:
         for _ in range(count):
             self._kicked = False  # exact means exact; whoever kicked looks again by himself
             before = self._words[0]
-            after_halt = self._fast.after_halt()
+            after_halt = self.traps.fast.after_halt()
             stop = self._run(_STEP_LIMIT, 1)
             self._words[0] = before + STEP_COST
             if stop is not _STEPPED:
@@ -189,8 +162,9 @@ class Cpu:
         return _BUDGET
 
     def _run(self, budget: int, count: int) -> Stop:
-        if self._final is not None:
-            return self._final
+        traps = self.traps
+        if traps.final is not None:
+            return traps.final
         if self.halted:
             return _HALT
         engine, words = self._engine, self._words
@@ -206,13 +180,13 @@ class Cpu:
         while True:
             code = engine.start(engine.read(REG.UC_X86_REG_RIP), count)
             self._kicked = False
-            if self._failure is not None:
-                failure, self._failure = self._failure, None
+            if traps.failure is not None:
+                failure, traps.failure = traps.failure, None
                 raise failure
             if code:
-                self._on_error(code)
-            if self._final is not None:
-                return self._final
+                traps.on_error(code)
+            if traps.final is not None:
+                return traps.final
             # Nothing asked the engine to stop, and yet it did: HLT, or a counted run's end.
             ended = not code and not words[3]
             if ended and not count:
@@ -258,11 +232,8 @@ class Cpu:
             None, or the SHUTDOWN stop if that ended in a triple fault.
         """
         self.halted = False
-        if self._events is not None and self._events.inject(vector):
-            return None
-        self._context.save()
-        self._deliver(vector, None, Source.EXTERNAL)
-        return self._final
+        self.traps.inject(vector)
+        return self.traps.final
 
     def inject_nmi(self) -> Stop | None:
         """Enter the handler of a non-maskable interrupt and wake from HLT; only between runs."""
@@ -275,21 +246,6 @@ class Cpu:
         context.words[context.at.a20_w] = NONE if is_open else NONE & ~(1 << 20)
         context.restore()
         self._engine.flush_tlb()
-
-    def _deliver(self, vector: int, code: int | None, source: Source, note: str = "") -> bool:
-        """Deliver into the saved context and load it; True when the run must end."""
-        words = self._words
-        try:
-            self._delivery.deliver(vector, code, source, note)
-        except TripleFault as fault:
-            self._final = Stop(StopReason.SHUTDOWN, f"triple fault: {fault}")
-            return True
-        self._context.restore()
-        words[0] += EXCEPTION_COST
-        if words[0] < words[1]:
-            return False
-        words[3] = 1
-        return True
 
     # Memory.
 
@@ -312,105 +268,3 @@ class Cpu:
         May be called between runs and in bus callbacks. Parts that are not RAM are ignored.
         """
         invalidate(self._context, self._regions, address, length)
-
-    # What the engine calls.
-
-    def _fail(self, failure: BaseException) -> None:
-        """Keep the first exception of a callback and end the run."""
-        if self._failure is None:
-            self._failure = failure
-        self._words[1] = -1
-
-    def _install_traps(self, memory: GuestMemory) -> None:
-        engine, code = self._engine, self._budget.code
-        on_interrupt = InterruptCallback(self._guarded(self._on_interrupt))
-        on_syscall = SyscallCallback(self._guarded(self._on_syscall))
-        self._events: NativeEvents | None = None
-        if code is not None:
-            self._events = NativeEvents(
-                code,
-                self._context,
-                memory.regions[0],
-                words=self._budget.address,
-                cost=EXCEPTION_COST,
-                with_code=HAS_ERROR_CODE,
-                on_interrupt=on_interrupt,
-                on_syscall=on_syscall,
-            )
-        else:
-            engine.hook(HOOK_INTERRUPT, on_interrupt)
-            engine.hook_instruction(REG.UC_X86_INS_SYSCALL, on_syscall)
-        engine.hook(HOOK_INVALID, InvalidCallback(self._guarded(self._on_invalid)))
-        on_sysenter = SyscallCallback(self._guarded(self._on_sysenter))
-        engine.hook_instruction(REG.UC_X86_INS_SYSENTER, on_sysenter)
-
-    def _guarded(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        fail, stop = self._fail, self._engine.stop
-
-        def guarded(*arguments: Any) -> Any:
-            try:
-                return action(*arguments)
-            except BaseException as failure:
-                fail(failure)
-                stop()
-                return 1
-
-        return guarded
-
-    def _on_interrupt(self, _engine: int, vector: int, _data: int) -> None:
-        context = self._context
-        context.save()
-        words, at = context.words, context.at
-        if vector > 0xFF:
-            self._final = Stop(StopReason.ERROR, f"the engine raised event {vector:#x}")
-            ends = True
-        elif words[at.is_software_w]:
-            ends = self._deliver(vector, None, Source.SOFTWARE)
-        else:
-            code = words[at.error_code_w] if vector in HAS_ERROR_CODE else None
-            ends = self._deliver(vector, code, Source.EXCEPTION)
-        if ends:
-            self._engine.stop()
-
-    def _on_invalid(self, _engine: int, _data: int) -> bool:
-        self._context.save()
-        if self._deliver(INVALID_OPCODE, None, Source.EXCEPTION):
-            self._engine.stop()
-        return True
-
-    def _on_syscall(self, _engine: int, _data: int) -> None:
-        self._fast_call(self._fast.syscall, 0x05)
-
-    def _on_sysenter(self, _engine: int, _data: int) -> None:
-        self._fast_call(self._fast.sysenter, 0x34)
-
-    def _fast_call(self, action: Callable[[int], int | None], opcode: int) -> None:
-        """Do SYSCALL or SYSENTER. The engine adds the instruction's length to RIP afterwards."""
-        context = self._context
-        context.save()
-        length = self._fast.length(opcode)
-        flags = None
-        try:
-            flags = action(length)
-        except Fault as fault:
-            if self._deliver(fault.vector, fault.code, Source.EXCEPTION):
-                self._words[1] = -1
-        context.rip -= length
-        context.restore()
-        if flags is not None:
-            self._engine.write(REG.UC_X86_REG_EFLAGS, flags)
-
-    def _on_error(self, code: int) -> None:
-        """The engine gave up at an access: make it the fault that comes nearest."""
-        context = self._context
-        context.save()
-        if code in FETCH_ERRORS:
-            # Device memory holds no code: what it reads as is no instruction.
-            self._deliver(INVALID_OPCODE, None, Source.EXCEPTION, "fetch from device memory")
-        elif code in DATA_ERRORS:
-            # Beyond the physical address space the chipset aborts the access.
-            self._deliver(PROTECTION, 0, Source.EXCEPTION, "access beyond physical memory")
-        else:
-            self._final = Stop(
-                StopReason.ERROR, f"the CPU engine stopped at {context.rip:#x}: {error_name(code)}"
-            )

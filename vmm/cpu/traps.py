@@ -1,0 +1,193 @@
+"""Events that the engine calls us out for: exceptions, `INT n`, SYSCALL and SYSENTER, odd accesses.
+
+Where the host can have it, machine code (`native`) takes the common ones first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter_ns
+from typing import Any
+
+from vmm.cpu.budget import Budget
+from vmm.cpu.context import Context
+from vmm.cpu.delivery import (
+    HAS_ERROR_CODE,
+    INVALID_OPCODE,
+    PROTECTION,
+    Delivery,
+    Source,
+    TripleFault,
+)
+from vmm.cpu.fastcall import FastCalls
+from vmm.cpu.library import (
+    DATA_ERRORS,
+    FETCH_ERRORS,
+    HOOK_INTERRUPT,
+    HOOK_INVALID,
+    REG,
+    Engine,
+    InterruptCallback,
+    InvalidCallback,
+    SyscallCallback,
+    error_name,
+)
+from vmm.cpu.native import NativeEvents
+from vmm.cpu.paging import Fault, Linear
+from vmm.cpu.stop import Stop, StopReason
+from vmm.memory import RamRegion
+
+EXCEPTION_COST = 64
+"""Budget spent for each delivered exception, so that endless exceptions end a run too."""
+
+
+class Traps:
+    """Takes the engine's events and delivers them to the guest.
+
+    Args:
+        low: the RAM that begins at guest-physical 0.
+
+    Attributes:
+        final: the stop that no run goes on from (triple fault), if there was one.
+        failure: the first exception that a callback of ours raised, to be raised by the run.
+        count, ns: the events that Python delivered, and the nanoseconds that took.
+    """
+
+    def __init__(
+        self, engine: Engine, context: Context, linear: Linear, budget: Budget, low: RamRegion
+    ) -> None:
+        self.final: Stop | None = None
+        self.failure: BaseException | None = None
+        self.count = self.ns = 0
+        self._engine = engine
+        self._context = context
+        self._budget = budget
+        self._words = budget.words
+        self._delivery = Delivery(context, linear)
+        self.fast = FastCalls(context, linear)
+        self._events: NativeEvents | None = None
+        self._install(low)
+
+    def fail(self, failure: BaseException) -> None:
+        """Keep the first exception of a callback and end the run."""
+        if self.failure is None:
+            self.failure = failure
+        self._words[1] = -1
+
+    def inject(self, vector: int) -> None:
+        """Deliver an external interrupt, between two runs."""
+        if self._events is None or not self._events.inject(vector):
+            self._context.save()
+            self.deliver(vector, None, Source.EXTERNAL)
+
+    def deliver(self, vector: int, code: int | None, source: Source, note: str = "") -> bool:
+        """Deliver into the saved context and load it; True when the run must end."""
+        words = self._words
+        try:
+            self._delivery.deliver(vector, code, source, note)
+        except TripleFault as fault:
+            self.final = Stop(StopReason.SHUTDOWN, f"triple fault: {fault}")
+            return True
+        self._context.restore()
+        words[0] += EXCEPTION_COST
+        if words[0] < words[1]:
+            return False
+        words[3] = 1
+        return True
+
+    def _install(self, low: RamRegion) -> None:
+        engine, budget = self._engine, self._budget
+        on_interrupt = InterruptCallback(self._guarded(self._on_interrupt))
+        on_syscall = SyscallCallback(self._guarded(self._on_syscall))
+        if budget.code is not None:
+            self._events = NativeEvents(
+                budget.code,
+                self._context,
+                low,
+                words=budget.address,
+                cost=EXCEPTION_COST,
+                with_code=HAS_ERROR_CODE,
+                on_interrupt=on_interrupt,
+                on_syscall=on_syscall,
+            )
+        else:
+            engine.hook(HOOK_INTERRUPT, on_interrupt)
+            engine.hook_instruction(REG.UC_X86_INS_SYSCALL, on_syscall)
+        engine.hook(HOOK_INVALID, InvalidCallback(self._guarded(self._on_invalid)))
+        on_sysenter = SyscallCallback(self._guarded(self._on_sysenter))
+        engine.hook_instruction(REG.UC_X86_INS_SYSENTER, on_sysenter)
+
+    def _guarded(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        fail, stop = self.fail, self._engine.stop
+
+        def guarded(*arguments: Any) -> Any:
+            began = perf_counter_ns()
+            try:
+                return action(*arguments)
+            except BaseException as failure:
+                fail(failure)
+                stop()
+                return 1
+            finally:
+                self.count += 1
+                self.ns += perf_counter_ns() - began
+
+        return guarded
+
+    def _on_interrupt(self, _engine: int, vector: int, _data: int) -> None:
+        context = self._context
+        context.save()
+        words, at = context.words, context.at
+        if vector > 0xFF:
+            self.final = Stop(StopReason.ERROR, f"the engine raised event {vector:#x}")
+            ends = True
+        elif words[at.is_software_w]:
+            ends = self.deliver(vector, None, Source.SOFTWARE)
+        else:
+            code = words[at.error_code_w] if vector in HAS_ERROR_CODE else None
+            ends = self.deliver(vector, code, Source.EXCEPTION)
+        if ends:
+            self._engine.stop()
+
+    def _on_invalid(self, _engine: int, _data: int) -> bool:
+        self._context.save()
+        if self.deliver(INVALID_OPCODE, None, Source.EXCEPTION):
+            self._engine.stop()
+        return True
+
+    def _on_syscall(self, _engine: int, _data: int) -> None:
+        self._fast_call(self.fast.syscall, 0x05)
+
+    def _on_sysenter(self, _engine: int, _data: int) -> None:
+        self._fast_call(self.fast.sysenter, 0x34)
+
+    def _fast_call(self, action: Callable[[int], int | None], opcode: int) -> None:
+        """Do SYSCALL or SYSENTER. The engine adds the instruction's length to RIP afterwards."""
+        context = self._context
+        context.save()
+        length = self.fast.length(opcode)
+        flags = None
+        try:
+            flags = action(length)
+        except Fault as fault:
+            if self.deliver(fault.vector, fault.code, Source.EXCEPTION):
+                self._words[1] = -1
+        context.rip -= length
+        context.restore()
+        if flags is not None:
+            self._engine.write(REG.UC_X86_REG_EFLAGS, flags)
+
+    def on_error(self, code: int) -> None:
+        """The engine gave up at an access: make it the fault that comes nearest."""
+        context = self._context
+        context.save()
+        if code in FETCH_ERRORS:
+            # Device memory holds no code: what it reads as is no instruction.
+            self.deliver(INVALID_OPCODE, None, Source.EXCEPTION, "fetch from device memory")
+        elif code in DATA_ERRORS:
+            # Beyond the physical address space the chipset aborts the access.
+            self.deliver(PROTECTION, 0, Source.EXCEPTION, "access beyond physical memory")
+        else:
+            self.final = Stop(
+                StopReason.ERROR, f"the CPU engine stopped at {context.rip:#x}: {error_name(code)}"
+            )
