@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from dma_device import BAD, BODY, DONE, GOOD, POSTED, SYNCED, DmaProbe, guest
+from proxy_helpers import SEATS
 
 from devices.bus import BusType
 from devices.contract import Device
 from proxy import lane
+from proxy.placement import Seat
 from vmm.config import ClockKind, HostOptions
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
@@ -40,8 +42,9 @@ def machine_with(
 
 
 def open_lane(machine: Machine) -> None:
-    """Have all that follows go through the lane."""
+    """Have all that follows go through the lane, its child on a CPU of its own if there is one."""
     (proxy,) = machine.parts.proxies
+    machine.parts.placement.places = {seat: int(seat is SEATS[0]) for seat in Seat}
     assert proxy.lane.open()
 
 
@@ -58,7 +61,7 @@ def test_a_guest_executes_what_was_written(way: str, synced: bool) -> None:
             open_lane(machine)
         outcome = execute(machine, synced)
         assert (outcome.ending, outcome.guest_value) == (Ending.GUEST_EXIT, GOOD), outcome
-        if way == LANE:
+        if way == LANE and not (synced and SEATS[0] is Seat.SHARED):
             assert machine.parts.proxies[0].stats().lane_accesses > 0
 
 

@@ -24,7 +24,7 @@ GENERAL_OPTIONS = (
     ("name", "TEXT", "a name that no other device has; the default is made of the model's"),
     ("addr", "number", "where its only bus region starts"),
     ("irq", "number", "the ISA interrupt line of its pin"),
-    ("slot", "1..31", "its PCI device number"),
+    ("slot", "[BRIDGE:]DEVICE[.FUNCTION]", "its PCI slot; the default is the lowest that is free"),
     ("isolation", "jail|none", "none: no process of its own, all rights of this user"),
 )
 
