@@ -219,6 +219,7 @@ class ChildLoop:
                 self._look_around(0)
                 glanced = tail
             elif spins >= patience and (not shares or now() > quiet_at):
+                host.flush()  # the quiet time may have ended just now
                 self._doze(words)
                 spins = 0
             if not self._lane_state:

@@ -15,6 +15,7 @@ from proxy_helpers import SEATS, Only, Probe, Recorder, activate, child_of
 
 from proxy import lane
 from proxy import messages as m
+from proxy.child import POLL_YIELDS
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
 from proxy.machine_lane import BURST
@@ -150,6 +151,29 @@ def test_output_is_sent_when_the_guest_is_done(device: ProxyDevice, events: Reco
     while not events.text and time.monotonic() < end:
         device.drain()
     assert events.text == b"A"
+
+
+def test_output_is_sent_before_a_child_dozes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quiet time ends between the look whether to send and that whether to doze."""
+    calls = 0
+
+    def clock() -> int:
+        nonlocal calls
+        calls += 1
+        return 0 if calls <= 1 + POLL_YIELDS else 1 << 60
+
+    monkeypatch.setattr("proxy.child.time.perf_counter_ns", clock)
+    events = Recorder()
+    with Warden([Probe], jail=JailMode.OFF) as made:
+        child = made.spawn("lane", "probe", {}, factory=0)
+        monkeypatch.undo()
+        with ProxyDevice(child, events, placement=Only(Seat.SHARED), deadline=20) as device:
+            open_lane(device)
+            device.handlers()[0].write(Probe.OUTPUT, 1, 65)
+            end = time.monotonic() + 10
+            while not events.text and time.monotonic() < end:
+                device.drain()
+            assert events.text == b"A"
 
 
 def test_no_wakeup_is_lost(device: ProxyDevice) -> None:
