@@ -30,6 +30,7 @@ class Base(Device):
 
 class Hangs(Base):
     def read(self, offset, size):
+        self.host.log("from now on I hang")
         while True:
             pass
 

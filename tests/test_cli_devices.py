@@ -57,7 +57,9 @@ def test_signals_while_a_device_hangs(tmp_path: Path, read: str, number: signal.
     process = start(
         *("boot", read, "--device", "faulty:Hangs", "--deadline", "3600"), env=faulty(tmp_path)
     )
-    time.sleep(2)
+    assert process.stderr is not None
+    while b"from now on I hang" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(number)
     status, _, err = finish(process, 30)
     assert status == 130
