@@ -96,6 +96,20 @@ def test_lists_of_a_liar_end(dwords: dict[int, int]) -> None:
     assert len(find_capabilities(lambda register: dwords.get(register, 0))) <= 2
 
 
+class OddList(ConfigSpaceDevice):
+    """Says that its power management registers lie where there is no room for them."""
+
+    model: ClassVar[str] = "odd-list"
+
+    def read_config(self, register: int) -> int:
+        return {13: 0xFC, 63: 0x0001}.get(register, super().read_config(register))
+
+
+def test_a_list_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="outside the file"):
+        Board(OddList)
+
+
 # Power.
 
 
