@@ -173,7 +173,8 @@ class Cpu:
         for _ in range(count):
             self._kicked = False  # exact means exact; whoever kicked looks again by himself
             before = self._words[0]
-            after_halt = self.traps.fast.after_halt()
+            # A counted run does not tell whether it ended by its count or by HLT.
+            after_halt = self.traps.fast.after(b"\xf4")
             stop = self._run(_STEP_LIMIT, 1)
             self._words[0] = before + STEP_COST
             if stop is not _STEPPED:

@@ -12,6 +12,7 @@ from typing import Any
 from vmm.cpu.budget import Budget
 from vmm.cpu.context import Context
 from vmm.cpu.delivery import (
+    DEBUG,
     HAS_ERROR_CODE,
     INVALID_OPCODE,
     PROTECTION,
@@ -183,8 +184,12 @@ class Traps:
         if self.denied:
             self._engine.stop()
             return True
-        self._context.save()
-        if self.deliver(INVALID_OPCODE, None, Source.EXCEPTION):
+        vector = INVALID_OPCODE
+        behind = self.fast.after(b"\xf1")  # saves the context
+        if behind is not None:
+            # The library knows no INT1: a trap, and no software interrupt for the gate's DPL.
+            vector, self._context.rip = DEBUG, behind
+        if self.deliver(vector, None, Source.EXCEPTION):
             self._engine.stop()
         return True
 
