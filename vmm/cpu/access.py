@@ -11,6 +11,7 @@ from typing import Any
 from devices.bus import ALL_ONES, Bus
 from vmm.cpu.context import Context
 from vmm.cpu.cpuid import cpuid
+from vmm.cpu.layout import H_CPL
 from vmm.cpu.library import (
     REG,
     CpuidCallback,
@@ -20,24 +21,35 @@ from vmm.cpu.library import (
     MmioWriteCallback,
     OutCallback,
 )
+from vmm.cpu.live import Words
 from vmm.cpu.paging import PHYSICAL_BITS
 
 Fail = Callable[[BaseException], None]
 
 
 def install_io(
-    engine: Engine, ram: Iterable[tuple[int, int]], ports: Bus, mmio: Bus, fail: Fail
+    engine: Engine,
+    ram: Iterable[tuple[int, int]],
+    ports: Bus,
+    mmio: Bus,
+    hidden: Words,
+    forbids: Callable[[int, int], bool],
+    fail: Fail,
 ) -> None:
     """Send IN and OUT to `ports`, and all that is not RAM, up to 2**40, to `mmio`.
 
     Args:
         ram: (start, end) of the RAM regions, ascending.
+        hidden: item 0 is the hidden flags now (see `live`); its CPL decides who asks `forbids`.
+        forbids: whether a program at CPL > 0 may not use (port, size).
         fail: takes what a bus raises; the access then reads all-ones.
     """
     read_port, write_port = ports.read, ports.write
 
     def on_in(_engine: int, port: int, size: int, _data: int) -> int:
         try:
+            if hidden[0] & H_CPL and forbids(port, size):
+                return ALL_ONES[size]
             return read_port(port, size)
         except BaseException as failure:
             fail(failure)
@@ -45,7 +57,8 @@ def install_io(
 
     def on_out(_engine: int, port: int, size: int, value: int, _data: int) -> None:
         try:
-            write_port(port, size, value)
+            if not (hidden[0] & H_CPL and forbids(port, size)):
+                write_port(port, size, value)
         except BaseException as failure:
             fail(failure)
 

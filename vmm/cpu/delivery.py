@@ -51,7 +51,7 @@ from vmm.cpu.quick import QuickDelivery
 from vmm.cpu.tasks import TaskSwitch
 
 DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK, PROTECTION, PAGE = 8, 10, 11, 12, 13, 14
-INVALID_OPCODE = 6
+DEBUG, INVALID_OPCODE = 1, 6
 HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17, 21))
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 

@@ -24,6 +24,7 @@ from vmm.cpu.context import F_IF, NONE, Context
 from vmm.cpu.halting import Halting
 from vmm.cpu.layout import H_SHADOW
 from vmm.cpu.library import REG, Engine
+from vmm.cpu.live import hidden_flags
 from vmm.cpu.paging import Linear, Physical
 from vmm.cpu.registers import Registers
 from vmm.cpu.state import CpuState
@@ -93,7 +94,8 @@ class Cpu:
         self._linear = Linear(context, self._physical)
         self._registers = Registers(context, self._budget)
         self.traps = traps = Traps(engine, context, self._linear, self._budget, memory.regions[0])
-        install_io(engine, self._regions, ports, mmio, traps.fail)
+        hidden = hidden_flags(context, direct=native)
+        install_io(engine, self._regions, ports, mmio, hidden, traps.forbids, traps.fail)
         install_cpuid(engine, context, traps.fail)
         if tsc is not None:
             install_tsc(engine, context, tsc, traps.fail)
@@ -171,7 +173,8 @@ class Cpu:
         for _ in range(count):
             self._kicked = False  # exact means exact; whoever kicked looks again by himself
             before = self._words[0]
-            after_halt = self.traps.fast.after_halt()
+            # A counted run does not tell whether it ended by its count or by HLT.
+            after_halt = self.traps.fast.after(b"\xf4")
             stop = self._run(_STEP_LIMIT, 1)
             self._words[0] = before + STEP_COST
             if stop is not _STEPPED:
@@ -205,6 +208,12 @@ class Cpu:
             if traps.failure is not None:
                 failure, traps.failure = traps.failure, None
                 raise failure
+            if traps.denied:
+                stop = self._refused(count, kicked)
+                if stop is not None:
+                    return stop
+                self._running = True
+                continue
             if code:
                 traps.on_error(code)
             if traps.final is not None:
@@ -221,6 +230,18 @@ class Cpu:
             if ended:
                 return _STEPPED if count else _HALT
             self._running = True
+
+    def _refused(self, count: int, kicked: bool) -> Stop | None:
+        """A forbidden port access ended the run: deliver its fault; None: go on."""
+        self.traps.refuse()
+        if self.traps.final is not None:
+            return self.traps.final
+        if self._requested:
+            self._requested = False
+            return _REQUESTED
+        if count:
+            return _STEPPED
+        return _BUDGET if kicked or self._words[3] else None
 
     def kick(self) -> None:
         """From any thread: end the current run before its next block, or else the next run.

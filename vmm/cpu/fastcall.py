@@ -1,4 +1,4 @@
-"""Instructions that the engine does not finish: SYSCALL, SYSENTER and, when stepping, HLT.
+"""Instructions that the engine does not finish: SYSCALL, SYSENTER, INT1 and, when stepping, HLT.
 
 The engine leaves the first two to its hooks; it does SYSRET and SYSEXIT itself.
 
@@ -30,7 +30,7 @@ _CODE64, _CODE32, _DATA = 0xA0_9B00, 0xC0_9B00, 0xC0_9300
 _SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP = 0x174, 0x175, 0x176
 
 
-_PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF3))
 _PREFIXES64 = _PREFIXES + bytes(range(0x40, 0x50))
 
 
@@ -62,11 +62,8 @@ class FastCalls:
                 return at + 2
         return 2
 
-    def after_halt(self) -> int | None:
-        """RIP behind the next instruction if that is HLT; saves the context.
-
-        A counted run does not tell whether it ended by its count or by HLT.
-        """
+    def after(self, wanted: bytes) -> int | None:
+        """RIP behind the next instruction if that has this one-byte opcode; saves the context."""
         context = self._context
         context.save()
         wide = context.hidden & H_CS64
@@ -77,7 +74,7 @@ class FastCalls:
             except Fault:
                 continue
             opcode = code.lstrip(_PREFIXES64 if wide else _PREFIXES)
-            return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == b"\xf4" else None
+            return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == wanted else None
         return None
 
     def syscall(self, length: int) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 from vmm.cpu.budget import Budget
 from vmm.cpu.context import Context
 from vmm.cpu.delivery import (
+    DEBUG,
     HAS_ERROR_CODE,
     INVALID_OPCODE,
     PROTECTION,
@@ -34,6 +35,7 @@ from vmm.cpu.library import (
 )
 from vmm.cpu.native import NativeEvents
 from vmm.cpu.paging import Fault, Linear
+from vmm.cpu.permission import IoPermission
 from vmm.cpu.stop import Stop, StopReason
 from vmm.memory import RamRegion
 
@@ -65,6 +67,8 @@ class Traps:
         self._words = budget.words
         self._delivery = Delivery(context, linear)
         self.fast = FastCalls(context, linear)
+        self._permission = IoPermission(context, linear)
+        self._limit = 0
         self._events: NativeEvents | None = None
         self._install(low)
 
@@ -94,6 +98,30 @@ class Traps:
             return False
         words[3] = 1
         return True
+
+    # Port accesses at CPL > 0.
+
+    @property
+    def denied(self) -> bool:
+        """Whether the run ended because of a forbidden port access; `refuse` it then."""
+        return self._permission.denied is not None
+
+    def forbids(self, port: int, size: int) -> bool:
+        """Whether a program may not use this port; if so the run is on its way out."""
+        permission = self._permission
+        if permission.denied is None:
+            self._limit = self._words[1]
+        if not permission.forbids(port, size):
+            return False
+        self._budget.end()
+        return True
+
+    def refuse(self) -> None:
+        """Deliver the fault of a forbidden port access; the run may go on afterwards."""
+        words = self._words
+        fault = self._permission.undo()
+        words[1], words[3] = self._limit, 0
+        self.deliver(fault.vector, fault.code, Source.EXCEPTION)
 
     def _install(self, low: RamRegion) -> None:
         engine, budget = self._engine, self._budget
@@ -135,6 +163,9 @@ class Traps:
         return guarded
 
     def _on_interrupt(self, _engine: int, vector: int, _data: int) -> None:
+        if self.denied:
+            self._engine.stop()
+            return
         context = self._context
         context.save()
         words, at = context.words, context.at
@@ -150,8 +181,15 @@ class Traps:
             self._engine.stop()
 
     def _on_invalid(self, _engine: int, _data: int) -> bool:
-        self._context.save()
-        if self.deliver(INVALID_OPCODE, None, Source.EXCEPTION):
+        if self.denied:
+            self._engine.stop()
+            return True
+        vector = INVALID_OPCODE
+        behind = self.fast.after(b"\xf1")  # saves the context
+        if behind is not None:
+            # The library knows no INT1: a trap, and no software interrupt for the gate's DPL.
+            vector, self._context.rip = DEBUG, behind
+        if self.deliver(vector, None, Source.EXCEPTION):
             self._engine.stop()
         return True
 
@@ -163,6 +201,8 @@ class Traps:
 
     def _fast_call(self, action: Callable[[int], int | None], opcode: int) -> None:
         """Do SYSCALL or SYSENTER. The engine adds the instruction's length to RIP afterwards."""
+        if self.denied:
+            return
         context = self._context
         context.save()
         length = self.fast.length(opcode)
