@@ -24,6 +24,7 @@ MODELS: dict[str, str] = {
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
+    "rng": "devices.virtio.rng:Rng",
 }
 
 LARGEST_FILE = 512 << 10
