@@ -24,6 +24,7 @@ MODELS: dict[str, str] = {
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
+    "blk": "devices.virtio.blk:Blk",
     "rng": "devices.virtio.rng:Rng",
 }
 

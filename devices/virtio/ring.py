@@ -118,9 +118,13 @@ class VirtQueue:
             chain.epoch = self.epoch
         return chain
 
+    def owns(self, chain: Chain) -> bool:
+        """Whether `chain` can still be given back: it was not taken before a reset."""
+        return chain.epoch == self.epoch
+
     def complete(self, chain: Chain) -> None:
-        """Give a request back, `chain.written` bytes long; one from before a reset is forgotten."""
-        if chain.epoch != self.epoch:
+        """Give a request back, `chain.written` bytes long; what is not owned is forgotten."""
+        if not self.owns(chain):
             return
         if self._ring is None:
             self._ring = self._open_ring(self.state)

@@ -35,25 +35,33 @@ served until it resets the device. What `handle` raises otherwise is a bug of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from devices.bus import BusDevice, BusType
 from devices.contract import DeviceHost, Region
 from devices.dma import DmaFault
-from devices.pci.capability import Capability, CapabilityId
+from devices.pci.capability import CapabilityId
 from devices.pci.config import Header
 from devices.pci.contract import BarInfo
 from devices.pci.function import PciFunction
 from devices.pci.msix import MsixLayout
-from devices.pci.registers import DWORD, Field
+from devices.pci.registers import Field
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.common import COMMON_SIZE, CommonConfig, VirtioState, check_state
 from devices.virtio.features import LIVE, NO_VECTOR, TRANSPORT, Feature, Status
 from devices.virtio.packed import PackedRing
 from devices.virtio.queue import SplitRing
 from devices.virtio.ring import Queue, QueueState, Ring, VirtQueue
+from devices.virtio.structures import (
+    COMMON_CFG,
+    DEVICE_CFG,
+    ISR_CFG,
+    NOTIFY_CFG,
+    pci_window,
+    structure,
+)
 
 VENDOR_ID = 0x1AF4
 FIRST_DEVICE_ID = 0x1040
@@ -64,8 +72,6 @@ ISR, DEVICE_CONFIG, DOORBELLS, REGISTERS_SIZE = 0x1000, 0x2000, 0x3000, 0x4000
 DOORBELL_SIZE = 4
 ISR_QUEUE, ISR_CONFIG = 1, 2
 
-_COMMON_CFG, _NOTIFY_CFG, _ISR_CFG, _DEVICE_CFG, _PCI_CFG = 1, 2, 3, 4, 5
-"""4.1.4: the kinds of structures."""
 _REQUESTS_PER_TURN = 256
 """A driver that keeps adding gets the CPU back after so many."""
 
@@ -136,6 +142,10 @@ class VirtioDevice(PciFunction):
         self._left -= 1
         return self._left >= 0
 
+    def spend(self, requests: int) -> None:
+        """Count a large request as so many more."""
+        self._left -= requests
+
     def ring(self, queue: VirtQueue) -> None:
         """Look at `queue` in the next turn."""
         self._rung.add(queue.index)
@@ -180,7 +190,7 @@ class VirtioDevice(PciFunction):
             self.guarded(self.virtqueues[index], partial(self.serve, self.virtqueues[index]))
         self.end_turn()
 
-    def guarded(self, queue: VirtQueue, touch: Any) -> None:
+    def guarded(self, queue: VirtQueue, touch: Callable[[], None]) -> None:
         """Call `touch`, which uses the ring; the driver's mistakes end in NEEDS_RESET."""
         try:
             touch()
@@ -296,12 +306,18 @@ class VirtioDevice(PciFunction):
 
     def header(self) -> Header:
         kinds = [
-            _structure(_COMMON_CFG, 0, COMMON_SIZE),
-            _structure(_ISR_CFG, ISR, 1),
-            _structure(_NOTIFY_CFG, DOORBELLS, DOORBELL_SIZE * len(self.queues), DOORBELL_SIZE),
+            structure(COMMON_CFG, REGISTERS_BAR, 0, COMMON_SIZE),
+            structure(ISR_CFG, REGISTERS_BAR, ISR, 1),
+            structure(
+                NOTIFY_CFG,
+                REGISTERS_BAR,
+                DOORBELLS,
+                DOORBELL_SIZE * len(self.queues),
+                Field("notify_off_multiplier", 16, 4, DOORBELL_SIZE),
+            ),
         ]
         if self.config_size:
-            kinds.append(_structure(_DEVICE_CFG, DEVICE_CONFIG, self.config_size))
+            kinds.append(structure(DEVICE_CFG, REGISTERS_BAR, DEVICE_CONFIG, self.config_size))
         return Header(
             VENDOR_ID,
             FIRST_DEVICE_ID + self.device_type,
@@ -315,7 +331,7 @@ class VirtioDevice(PciFunction):
                 BarInfo(MSIX_BAR, 1, BusType.MMIO, 0x1000),
             ),
             # The window is first, so that `config.capability` finds it.
-            capabilities=(_pci_window(), *kinds),
+            capabilities=(pci_window(), *kinds),
             msix=MsixLayout(MSIX_BAR, 0, 0x800, len(self.queues) + 1),
         )
 
@@ -366,37 +382,3 @@ class VirtioDevice(PciFunction):
         for queue, saved in zip(self.virtqueues, self.state.queues, strict=True):
             queue.forget()
             queue.state = saved
-
-
-def _structure(kind: int, offset: int, length: int, multiplier: int | None = None) -> Capability:
-    """4.1.4: struct virtio_pci_cap, all of it read-only."""
-    size = 16 if multiplier is None else 20
-    extra = () if multiplier is None else (Field("notify_off_multiplier", 16, 4, multiplier),)
-    return Capability(
-        CapabilityId.VENDOR_SPECIFIC,
-        size,
-        (
-            Field("cap_len", 2, 1, size),
-            Field("cfg_type", 3, 1, kind),
-            Field("bar", 4, 1, REGISTERS_BAR),
-            Field("offset", 8, 4, offset),
-            Field("length", 12, 4, length),
-            *extra,
-        ),
-    )
-
-
-def _pci_window() -> Capability:
-    """4.1.4.9: struct virtio_pci_cfg_cap."""
-    return Capability(
-        CapabilityId.VENDOR_SPECIFIC,
-        20,
-        (
-            Field("cap_len", 2, 1, 20),
-            Field("cfg_type", 3, 1, _PCI_CFG),
-            Field("bar", 4, 1, writable=0xFF),
-            Field("offset", 8, 4, writable=DWORD),
-            Field("length", 12, 4, writable=DWORD),
-            Field("pci_cfg_data", 16, 4, writable=DWORD),
-        ),
-    )

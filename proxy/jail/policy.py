@@ -160,6 +160,7 @@ DISK: Final = Policy(
 """Of a model whose requests are reads and writes of one file that the machine opened."""
 
 _OWN: Final[dict[str, Policy]] = {
+    "blk": DISK,
     "serial": Policy(),
     "echo": Policy(),
     "config-space": Policy(),
