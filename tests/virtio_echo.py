@@ -24,6 +24,7 @@ class VirtioEcho(VirtioDevice):
     def __init__(self, host: object, options: object = None) -> None:
         self.config_bytes = bytearray(b"echo" + bytes(4))
         self.held: list[Chain] = []
+        self.worked = False
         super().__init__(host, options)  # type: ignore[arg-type]
 
     def features(self) -> int:
@@ -41,10 +42,13 @@ class VirtioEcho(VirtioDevice):
             chain.write(chain.read()[::-1])
 
     def work(self) -> None:
+        self.worked = True
         self.host.want_turn()
 
     def turn(self) -> None:
-        self.give_back()
+        if self.worked:
+            self.worked = False
+            self.give_back()
         super().turn()
 
     def give_back(self) -> None:
