@@ -24,7 +24,10 @@ MODELS: dict[str, str] = {
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
+    "balloon": "devices.virtio.balloon:Balloon",
     "blk": "devices.virtio.blk:Blk",
+    "console": "devices.virtio.console:Console",
+    "pvpanic": "devices.pvpanic:PvPanic",
     "rng": "devices.virtio.rng:Rng",
 }
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_linux import DIRECTORY, Shell, boot
+from test_linux import DIRECTORY, Shell, boot, options
 
+from vmm.config import CONSOLE
 from vmm.machine import Machine
 from vmm.outcome import Ending
 
@@ -51,7 +52,9 @@ def image(tmp_path: Path) -> Path:
 def check(image: Path) -> None:
     """The host's own opinion of the file system, without mending it."""
     assert FSCK is not None
-    done = subprocess.run([FSCK, "-fn", image], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [FSCK, "-fn", image], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -124,3 +127,44 @@ def test_a_snapshot_amid_writes(isolated: bool, image: Path, tmp_path: Path) -> 
         assert len(sums) == 1
         shell.ask("umount /m")
     check(image)
+
+
+@EITHER_WAY
+def test_console_ports(isolated: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    with linux("console", isolated, log=str(log), columns=100, rows=30) as shell:
+        shell.ask("echo to the port > /dev/vport0p1")
+        assert "log" in shell.ask("cat /sys/class/virtio-ports/vport0p1/name")
+        assert re.search("30 100|100 30", shell.ask("stty size < /dev/hvc0"))
+    assert log.read_bytes() == b"to the port\n"
+
+
+@EITHER_WAY
+def test_console_hvc0(isolated: bool) -> None:
+    """The only console of the machine, in both directions."""
+    with Machine(memory="256M", devices=()) as machine:
+        machine.add_device("console", CONSOLE, isolated=isolated)
+        machine.boot(Path(DIRECTORY) / "vmlinuz", options(append="console=hvc0"))
+        shell = Shell(machine)
+        shell.wait()
+        assert "hvc0" in shell.ask("cat /sys/class/tty/console/active").split()
+        assert "a_b_c" in shell.ask("echo a-b-c | tr - _")
+
+
+@EITHER_WAY
+def test_balloon(isolated: bool) -> None:
+    with linux("balloon", isolated, pages=8192) as shell:
+        free = shell.ask("sleep 2; grep MemTotal /proc/meminfo")
+        total = re.search(r"MemTotal: +(\d+) kB", free)
+        assert total is not None
+        assert int(total[1]) < (256 << 10) - 4 * 8192
+
+
+def test_a_panic_ends_the_run() -> None:
+    with Machine(memory="256M") as machine:
+        machine.add_device("pvpanic", may_exit=True)
+        shell = boot(machine, "quiet")
+        machine.send("echo c > /proc/sysrq-trigger\r")
+        outcome = machine.run(timeout=60)
+        assert (outcome.ending, outcome.guest_value) == (Ending.GUEST_EXIT, 1), shell

@@ -121,6 +121,10 @@ class Chain:
         """Bytes of the room in place, until the turn ends; `wrote` says that they were written."""
         return [self._memory.window(*span) for span in self._spans(offset, length)]
 
+    def spans(self) -> list[tuple[int, int]]:
+        """(address, length) of the writable descriptors, for what is about memory itself."""
+        return list(self._places)
+
     def wrote(self, length: int) -> None:
         """`length` bytes after `written` were written in place."""
         for span in self._spans(self.written, length):
