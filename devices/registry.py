@@ -27,6 +27,7 @@ MODELS: dict[str, str] = {
     "balloon": "devices.virtio.balloon:Balloon",
     "blk": "devices.virtio.blk:Blk",
     "console": "devices.virtio.console:Console",
+    "net": "devices.virtio.net:Net",
     "pvpanic": "devices.pvpanic:PvPanic",
     "rng": "devices.virtio.rng:Rng",
 }

@@ -118,6 +118,14 @@ class VirtQueue:
             chain.epoch = self.epoch
         return chain
 
+    def mark(self) -> tuple[int, bool, int]:
+        """Where `pop` is, for `rewind`."""
+        return self.state.next_avail, self.state.avail_wrap, self._taken
+
+    def rewind(self, mark: tuple[int, bool, int]) -> None:
+        """Put back what was popped since `mark`; none of it may have been completed."""
+        self.state.next_avail, self.state.avail_wrap, self._taken = mark
+
     def owns(self, chain: Chain) -> bool:
         """Whether `chain` can still be given back: it was not taken before a reset."""
         return chain.epoch == self.epoch
