@@ -24,6 +24,12 @@ MODELS: dict[str, str] = {
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
+    "balloon": "devices.virtio.balloon:Balloon",
+    "blk": "devices.virtio.blk:Blk",
+    "console": "devices.virtio.console:Console",
+    "net": "devices.virtio.net:Net",
+    "pvpanic": "devices.pvpanic:PvPanic",
+    "rng": "devices.virtio.rng:Rng",
 }
 
 LARGEST_FILE = 512 << 10

@@ -7,6 +7,7 @@ of its model in either of two ways, and the suite in ``test_device_contract.py``
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fakes import FakeHost
 from devices.bus import BusDevice
 from devices.contract import Device, NoState
 from devices.errors import DeviceFailure
+from devices.files import host_files
 from devices.registry import load, parse_options
 from proxy.device import ProxyDevice
 from proxy.placement import Placement
@@ -133,6 +135,19 @@ class Upcalls:
         self.failures.append(failure)
 
 
+@contextmanager
+def given_files(kind: type[Device]) -> Iterator[tuple[dict[str, str], dict[str, int]]]:
+    """A file of 64 KiB for each option of a model that names one: options and descriptors."""
+    fds = {name: os.memfd_create(name) for name in host_files(kind.Options)}
+    try:
+        for fd in fds.values():
+            os.truncate(fd, 1 << 16)
+        yield dict.fromkeys(fds, "file"), fds
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
 class Workshop:
     """Makes subjects; owns the warden of those that are proxied."""
 
@@ -155,22 +170,24 @@ class Workshop:
 
     @contextmanager
     def _in_process(self, model: str) -> Iterator[Subject]:
-        host = FakeHost()
         kind = load(model)
-        device: Device = kind(host, parse_options(kind, {}))
-        try:
-            yield Subject(device, host)
-        finally:
-            device.close()
+        with given_files(kind) as (options, fds):
+            host = FakeHost(fds)
+            device: Device = kind(host, parse_options(kind, options))
+            try:
+                yield Subject(device, host)
+            finally:
+                device.close()
 
     @contextmanager
     def _proxied(self, model: str, placement: Placement | None) -> Iterator[Subject]:
         if self._warden is None:
             self._warden = Warden()
         upcalls = Upcalls()
-        child = self._warden.spawn("subject", model, {})
-        with ProxyDevice(child, upcalls, placement=placement) as device:
-            yield Subject(device, upcalls.host)
+        with given_files(load(model)) as (options, fds):
+            child = self._warden.spawn("subject", model, options, fds=fds)
+            with ProxyDevice(child, upcalls, placement=placement) as device:
+                yield Subject(device, upcalls.host)
         assert upcalls.failures == []
 
     def close(self) -> None:

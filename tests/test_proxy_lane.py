@@ -15,7 +15,6 @@ from proxy_helpers import SEATS, Only, Probe, Recorder, activate, child_of
 
 from proxy import lane
 from proxy import messages as m
-from proxy.child import POLL_YIELDS
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
 from proxy.machine_lane import BURST
@@ -153,14 +152,19 @@ def test_output_is_sent_when_the_guest_is_done(device: ProxyDevice, events: Reco
     assert events.text == b"A"
 
 
-def test_output_is_sent_before_a_child_dozes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quiet time ends between the look whether to send and that whether to doze."""
-    calls = 0
+@pytest.mark.parametrize("calls", range(8))
+def test_output_is_sent_before_a_child_dozes(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """The quiet time may end between the look whether to send and that whether to doze."""
+    real = time.perf_counter_ns
+    still, left = real() + 100_000_000, calls
 
     def clock() -> int:
-        nonlocal calls
-        calls += 1
-        return 0 if calls <= 1 + POLL_YIELDS else 1 << 60
+        """Stands still for a while, and for some calls more."""
+        nonlocal left
+        if real() < still:
+            return 0
+        left -= 1
+        return 0 if left >= 0 else 1 << 60
 
     monkeypatch.setattr("proxy.child.time.perf_counter_ns", clock)
     events = Recorder()
@@ -170,7 +174,7 @@ def test_output_is_sent_before_a_child_dozes(monkeypatch: pytest.MonkeyPatch) ->
         with ProxyDevice(child, events, placement=Only(Seat.SHARED), deadline=20) as device:
             open_lane(device)
             device.handlers()[0].write(Probe.OUTPUT, 1, 65)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 5
             while not events.text and time.monotonic() < end:
                 device.drain()
             assert events.text == b"A"

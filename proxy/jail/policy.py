@@ -160,6 +160,14 @@ DISK: Final = Policy(
 """Of a model whose requests are reads and writes of one file that the machine opened."""
 
 _OWN: Final[dict[str, Policy]] = {
+    "blk": DISK,
+    "console": Policy(
+        extra=(
+            *_each("its log, a file that the machine opened", "pwritev"),
+            Rule("pwritev2", "what the interpreter calls for the same", (Arg(5, 0),)),
+        ),
+        file_size=_ANY_SIZE,
+    ),
     "serial": Policy(),
     "echo": Policy(),
     "config-space": Policy(),
