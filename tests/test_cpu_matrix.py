@@ -127,7 +127,9 @@ def unmapped(bench: Bench, state: CpuState, mode: str) -> None:
     state.gpr[3] = UNMAPPED if mode not in (P16, V86) else DATA
     if mode in (P16, P32, V86):
         table = 0x4000
-        bench.memory.write(0x3000, struct.pack("<4I", table | 7, *(i << 22 | 0x87 for i in (1, 2, 3))))
+        bench.memory.write(
+            0x3000, struct.pack("<4I", table | 7, *(i << 22 | 0x87 for i in (1, 2, 3)))
+        )
         pages = [i << 12 | 7 for i in range(1024)]
         pages[DATA >> 12] = 0
         bench.memory.write(table, struct.pack("<1024I", *pages))
@@ -226,7 +228,14 @@ CASES = (
     Case("NMI", 2, TRAP, b"", 0),
     Case("external interrupt", 0x31, TRAP, b"", 0),
 )  # fmt: skip
-ENGINE_CODE = {P16: {b"\x62\x03": b"\x62\x07", b"\x8a\x03": b"\x8a\x07", b"\x88\x03": b"\x88\x07", b"\x8b\x03": b"\x66\x8b\x07"}}
+ENGINE_CODE = {
+    P16: {
+        b"\x62\x03": b"\x62\x07",
+        b"\x8a\x03": b"\x8a\x07",
+        b"\x88\x03": b"\x88\x07",
+        b"\x8b\x03": b"\x66\x8b\x07",
+    }
+}
 ENGINE_CODE[REAL] = ENGINE_CODE[V86] = ENGINE_CODE[P16]
 """The same with a 16-bit address: [BX] for [EBX]."""
 
@@ -256,7 +265,9 @@ def build(bench: Bench, mode: str, level: str, vector: int) -> CpuState:
     if mode == V86:
         state.rflags |= VM
         for name in ("cs", "ss", "ds", "es", "fs", "gs"):
-            selector = {"cs": CODE >> 4, "ss": 0x2000, "es": 0x111, "fs": 0x222, "gs": 0x333}.get(name, 0)
+            selector = {"cs": CODE >> 4, "ss": 0x2000, "es": 0x111, "fs": 0x222, "gs": 0x333}.get(
+                name, 0
+            )
             setattr(state, name, Segment(selector, selector << 4, 0xFFFF, 0xF300))
         state.rip, state.gpr[4] = 0, LOW_STACK
     return state
@@ -358,7 +369,9 @@ def test_matrix(case: Case, mode: str, level: str, native: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", [P32, LONG])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("#UD UD2", "#PF read", "INT 0x80")])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("#UD UD2", "#PF read", "INT 0x80")]
+)
 def test_trap_gates_leave_if_alone(case: Case, mode: str) -> None:
     """SDM volume 3A, section 6.12.1.2."""
     with Bench() as bench:
@@ -407,5 +420,3 @@ def test_gates_of_dpl_0_are_for_software_interrupts_alone(case: Case, mode: str)
             size = 8 if mode == LONG else 4
             frame = bench.words(bench.cpu.get_state().gpr[4], 2, size)
             assert frame == [case.vector * 8 + 2, CODE + case.at]
-
-

@@ -167,7 +167,9 @@ class VcpuLoop:
             return False
         self._clock.resume()  # a suspend, also that of a snapshot, has stopped it
         self._slice = UNLIMITED
-        if irqchip.nmi_pending() and irqchip.take_nmi():
+        if irqchip.nmi_pending() and cpu.in_shadow():
+            self._slice = 1  # to behind the next instruction
+        elif irqchip.nmi_pending() and irqchip.take_nmi():
             self._delivered(cpu.inject_nmi())
         elif irqchip.pending():
             self._offer_interrupt()

@@ -274,6 +274,11 @@ class Cpu:
         at = context.at
         return bool(context.words[at.eflags_w] & F_IF and not context.words[at.hflags_w] & H_SHADOW)
 
+    def in_shadow(self) -> bool:
+        """Whether STI or MOV SS came just before: then an NMI waits for one more instruction."""
+        self._context.save()
+        return bool(self._context.hidden & H_SHADOW)
+
     def inject(self, vector: int) -> Stop | None:
         """Enter the handler of an external interrupt and wake from HLT.
 
@@ -287,7 +292,10 @@ class Cpu:
         return self.traps.final
 
     def inject_nmi(self) -> Stop | None:
-        """Enter the handler of a non-maskable interrupt and wake from HLT; only between runs."""
+        """Enter the handler of a non-maskable interrupt and wake from HLT.
+
+        Only between runs and not `in_shadow`. It does not block further ones until IRET.
+        """
         return self.inject(NMI)
 
     def set_a20(self, is_open: bool) -> None:

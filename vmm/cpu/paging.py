@@ -32,6 +32,9 @@ PHYSICAL_BITS = 40
 ADDRESS = (1 << 52) - (1 << 12)
 _RESERVED = ADDRESS & ~((1 << PHYSICAL_BITS) - 1)
 
+_RESERVED_PAE = (1 << 63) - (1 << 52)
+"""Bits that only 4- and 5-level paging leaves to software."""
+
 E_PRESENT, E_WRITE, E_USER, E_RESERVED = 1, 2, 4, 8
 
 _LEVELS_PAE = (30, 21, 12)
@@ -173,6 +176,8 @@ class Linear:
     ) -> int:
         physical = self.physical
         reserved = _RESERVED if self._longs[self._at.efer] & EFER_NXE else _RESERVED | NO_EXECUTE
+        if levels is _LEVELS_PAE:
+            reserved |= _RESERVED_PAE
         rights = WRITABLE | USER
         for shift in levels:
             place = table + (linear >> shift & 0x1FF) * 8

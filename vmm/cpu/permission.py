@@ -45,9 +45,7 @@ class IoPermission:
         context = self._context
         context.save()
         flags = context.system_flags
-        if not context.control(0) & CR0_PE or (
-            not flags & F_VM and context.cpl <= flags >> 12 & 3
-        ):
+        if not context.control(0) & CR0_PE or (not flags & F_VM and context.cpl <= flags >> 12 & 3):
             return False
         try:
             if self._permits(port, size):
