@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import guests
 from devices.errors import DeviceError, UserError
 from vmm import snapshot as snapshots
+from vmm.boot.options import BootOptions
 from vmm.config import MachineConfig
 from vmm.cpu.state import CpuState
 from vmm.machine import Machine
@@ -477,3 +478,22 @@ def test_round_trip(
     memory.close()
     again.close()
     shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_a_closed_a20_gate_stays_closed(tmp_path: Path, clock: str) -> None:
+    code = bytes.fromhex(
+        # xor eax, eax; out 0x92, al; nop; nop; nop; nop
+        "31c0e69290909090"
+        # mov byte [0], 0; mov byte [0x100000], 1
+        "c6050000000000c6050000100001"
+        # mov al, [0]; mov dx, 0xf4; out dx, al; cli; hlt
+        "a00000000066baf400eefaf4"
+    )
+    with Machine(memory="16M", clock=clock) as machine:
+        machine.boot(code, BootOptions(load_addr=0x8000))
+        machine.run(steps=3)
+        machine.snapshot(tmp_path / "closed")
+        assert machine.run(timeout=20).guest_value == 1
+    with Machine.restore(tmp_path / "closed") as machine:
+        assert machine.run(timeout=20).guest_value == 1

@@ -132,6 +132,7 @@ class Registers:
         context = self._context
         engine, at = context.engine, context.at
         context.save()
+        a20 = context.words[at.a20_w]  # a pin of the CPU, not a register
         if any(context.bytes[at.breakpoints_b : at.breakpoints_b + _BREAKPOINTS]):
             self._set_dr7(context.longs[at.dr : at.dr + 4].tolist(), 0x400)
         breakpoints = bytes(_BREAKPOINTS)
@@ -158,7 +159,7 @@ class Registers:
         for place, table in ((at.gdtr, state.gdtr), (at.idtr, state.idtr)):
             longs[place + 1] = table.base
             context.words[2 * place + 4] = table.limit
-        context.words[at.a20_w] = NONE
+        context.words[at.a20_w] = a20
         context.words[at.old_exception_w] = NONE
         context.hidden = self._hidden(state)
         context.derive_addressing()
