@@ -15,6 +15,7 @@ import guests
 from devices.bus import BusType
 from devices.contract import Device, Region
 from devices.errors import DeviceError, UserError
+from vmm.boot.options import BootOptions
 from vmm.config import (
     DeviceConfig,
     FailurePolicy,
@@ -464,3 +465,19 @@ def test_kernels_find_the_bios_data_that_they_look_for() -> None:
         memory = machine.parts.memory
         assert int.from_bytes(memory.read(0x40E, 2), "little") << 4 == 0x9FC00
         assert int.from_bytes(memory.read(0x413, 2), "little") == 639
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_halted_for_good_although_an_interrupt_waits(clock: str) -> None:
+    code = bytes.fromhex(
+        # The 8259 begins at vector 0x20 and takes IRQ 0 alone: ICW1 to 4, mask.
+        "b011e620 b020e621 b004e621 b001e621 b0fee621"
+        # The 8254 counts to 256; then long enough with interrupts off.
+        "b034e643 b000e640 b001e640"
+        # mov ecx, 3000000; l: dec ecx; jnz l; cli; hlt
+        "b9c0c62d00 4975fd fa f4"
+    )
+    with Machine(memory="16M", devices=(), clock=clock) as machine:
+        machine.boot(code, BootOptions())
+        assert machine.run(timeout=20).ending is Ending.HALTED
+        assert machine.parts.board.irqchip.pending()

@@ -110,10 +110,9 @@ class Parts:
         self.buses = {BusType.PIO: ports, BusType.MMIO: mmio}
         for region in self.memory.regions:
             mmio.reserve(Range(region.start, region.size))
-        counts = self.config.clock is ClockKind.VIRTUAL
-        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, counts=counts, tsc=self._tsc)
+        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, tsc=self._tsc)
         self._stack.callback(self.cpu.close)
-        self.events = EventLoop(self.cpu.kick, self.cpu.unheard)
+        self.events = EventLoop(self.cpu.kick)
         self._stack.callback(self.events.close)
         self._build_platform(between)
         meanwhile(self.memory)

@@ -29,36 +29,24 @@ class Budget:
     Args:
         engine: the engine to hook.
         native: False forces the portable hook.
-        counts: False installs no hook until `count` is called.
 
     Attributes:
-        counts: whether blocks are counted, and the limit is looked at.
         words: [executed, limit, -, stopped], for the hot path of `Cpu`.
         address: of `words`, for native code.
         code: the machine code in use; None: the portable hook.
     """
 
-    def __init__(self, engine: Engine, native: bool = True, counts: bool = True) -> None:
-        self._engine = engine
-        self.counts = False
+    def __init__(self, engine: Engine, native: bool = True) -> None:
         self._storage = (ctypes.c_int64 * 4)()
         self.words = memoryview(self._storage).cast("B").cast("q")
         self.words[_LIMIT] = NO_LIMIT
         self.words[_STOP] = address_of("uc_emu_stop")
         self.address = ctypes.addressof(self._storage)
         self.code = machine_code.load() if native else None
-        if counts:
-            self.count()
-
-    def count(self) -> None:
-        """Count from now on; code that is translated already is not counted."""
-        if self.counts:
-            return
-        self.counts = True
         if self.code is not None:
-            self._engine.hook(HOOK_BLOCK, ctypes.c_void_p(self.code.on_block), data=self.address)
+            engine.hook(HOOK_BLOCK, ctypes.c_void_p(self.code.on_block), data=self.address)
         else:
-            self._engine.hook(HOOK_BLOCK, BlockCallback(self._portable(self._engine)))
+            engine.hook(HOOK_BLOCK, BlockCallback(self._portable(engine)))
 
     def _portable(self, engine: Engine) -> Any:
         words, stop = self.words, engine.stop
@@ -84,14 +72,8 @@ class Budget:
         words[_LIMIT] = words[_EXECUTED] + amount
 
     def end(self) -> None:
-        """From any thread: stop before the next block.
-
-        Without a count the library is asked to. It looks at the start of each block (see
-        `accelerator`), and forgets what it is asked before a run has really begun.
-        """
+        """From any thread: stop before the next block."""
         self.words[_LIMIT] = -1
-        if not self.counts:
-            self._engine.stop()
 
     def charge(self, amount: int) -> bool:
         """Spend `amount` on something that is no code; True when the limit is reached."""
