@@ -1,4 +1,4 @@
-"""Who may use a port: IOPL, the I/O permission bitmap, and the flags and instructions beside them."""
+"""Who may use a port: IOPL and the I/O permission bitmap; and the instructions that heed IOPL."""
 
 from __future__ import annotations
 

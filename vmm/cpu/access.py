@@ -32,6 +32,7 @@ def install_io(
     ram: Iterable[tuple[int, int]],
     ports: Bus,
     mmio: Bus,
+    *,
     hidden: Words,
     forbids: Callable[[int, int], bool],
     fail: Fail,

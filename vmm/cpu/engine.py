@@ -95,7 +95,15 @@ class Cpu:
         self._registers = Registers(context, self._budget)
         self.traps = traps = Traps(engine, context, self._linear, self._budget, memory.regions[0])
         hidden = hidden_flags(context, direct=native)
-        install_io(engine, self._regions, ports, mmio, hidden, traps.forbids, traps.fail)
+        install_io(
+            engine,
+            self._regions,
+            ports,
+            mmio,
+            hidden=hidden,
+            forbids=traps.forbids,
+            fail=traps.fail,
+        )
         install_cpuid(engine, context, traps.fail)
         if tsc is not None:
             install_tsc(engine, context, tsc, traps.fail)

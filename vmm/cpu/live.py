@@ -1,8 +1,8 @@
 """The engine's hidden flags where the CPU itself keeps them, for looks that must cost nothing.
 
-Filling the context buffer takes as long as a whole port access, and before each of those one word is
-looked at: the hidden flags, which hold the privilege level. It lies in a private structure of the
-library, so it is looked for by experiment as in `halting`: among the structures that the engine
+Filling the context buffer takes as long as a whole port access, and before each of those one word
+is looked at: the hidden flags, which hold the privilege level. It lies in a private structure of
+the library, so it is looked for by experiment as in `halting`: among the structures that the engine
 points to, the one that holds sixteen marked registers, at the distance that the context has them
 apart. It must then follow the CPU in a trial; otherwise the buffer is filled after all.
 """
