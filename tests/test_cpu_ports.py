@@ -39,7 +39,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "uncounted": {"counts": False},
     "portable": {"native": False},
 }
-AFTER = b"\x90" * 3 + b"\x50"  # a push, whose store must not be seen
+AFTER = b"\x90\x90\x90\x50\x0f\x0b"  # a push, whose store must not be seen; and an end
 
 
 def user(bench: Bench, mode: str, iopl: int = 0, limit: int = 0xFFFF) -> CpuState:
