@@ -284,7 +284,7 @@ def test_single_step_trap() -> None:
 
 
 def test_debug_registers_do_not_hang() -> None:
-    """The library implements no hardware breakpoints; a guest that arms them goes on."""
+    """Data breakpoints never hit (see test_cpu_debug.py); a guest that arms them goes on."""
     with Bench() as bench:
         code = bytes.fromhex(
             # mov eax, 0x20030; mov dr0, rax; mov eax, 0x28000; mov dr1, rax; mov eax,

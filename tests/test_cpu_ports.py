@@ -1,4 +1,4 @@
-"""Who may use a port: IOPL, the I/O permission bitmap, and what IOPL decides beside them."""
+"""Who may use a port: IOPL and the I/O permission bitmap; and the instructions that heed IOPL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "native": {},
     "portable": {"native": False},
 }
-AFTER = b"\x90" * 3 + b"\x50"  # a push, whose store must not be seen
+AFTER = b"\x90\x90\x90\x50\x0f\x0b"  # a push, whose store must not be seen; and an end
 
 
 def user(bench: Bench, mode: str, iopl: int = 0, limit: int = 0xFFFF) -> CpuState:

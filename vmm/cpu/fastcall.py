@@ -68,14 +68,9 @@ class FastCalls:
         context.save()
         wide = context.hidden & H_CS64
         linear = context.rip if wide else context.base(CS) + context.rip & NONE
-        for length in (15, 0x1000 - (linear & 0xFFF)):  # the next page may not be there
-            try:
-                code = self._linear.read(linear, min(length, 15))
-            except Fault:
-                continue
-            opcode = code.lstrip(_PREFIXES64 if wide else _PREFIXES)
-            return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == wanted else None
-        return None
+        code = self._linear.peek(linear, 15)
+        opcode = code.lstrip(_PREFIXES64 if wide else _PREFIXES)
+        return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == wanted else None
 
     def syscall(self, length: int) -> int | None:
         """Enter the kernel at LSTAR; the new RFLAGS, to be written after the context.

@@ -2,9 +2,9 @@
 
 Filling the context buffer takes as long as a whole port access, and before each of those one word
 is looked at: the hidden flags, which hold the privilege level. It lies in a private structure of
-the library, so it is looked for by experiment: among the structures that the
-engine points to, the one that holds sixteen marked registers, at the distance that the context has
-them apart. It must then follow the CPU in a trial; otherwise the buffer is filled after all.
+the library, so it is looked for by experiment: among the structures that the engine points
+to, the one that holds sixteen marked registers, at the distance that the context has them
+apart. It must then follow the CPU in a trial; otherwise the buffer is filled after all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """I/O privilege: IN, OUT, INS and OUTS of programs that may not use a port raise #GP.
 
 The engine checks nothing, and its port callback cannot raise an exception. So a forbidden access
-is made undone: the callback keeps a copy of the whole context, which is that before the
-instruction, and points CR3 at an empty page. Whatever the CPU still executes up to the end of its
-block changes registers alone, since any access to memory faults and ends the run. Then the copy is
-loaded again and the fault delivered. One thing escapes: INS stores a zero at its destination before
-it reads the port.
+is undone: the callback keeps a copy of the whole context, which is that before the instruction, and
+points CR3 at an empty page. Whatever the CPU still executes up to the end of its block changes
+registers alone, since any access to memory faults and ends the run. Then the copy is loaded again
+and the fault delivered. One thing escapes: INS stores a zero at its destination before it reads the
+port.
 
 Source: Intel SDM volume 1, section 19.5 (I/O protection mechanisms).
 """
