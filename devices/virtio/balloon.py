@@ -35,7 +35,11 @@ _MOST_PAGES = 1 << 16
 
 @dataclass
 class BalloonOptions:
-    """`pages`: of 4 KiB, that the guest is asked to give away."""
+    """A balloon.
+
+    Attributes:
+        pages: of 4 KiB, that the guest is asked to give away.
+    """
 
     pages: U32 = 0
 

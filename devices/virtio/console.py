@@ -39,7 +39,13 @@ _EMERGENCY = 8
 
 @dataclass
 class ConsoleOptions:
-    """`log`: a file that a second port is written to; `columns`, `rows`: of the terminal."""
+    """A console.
+
+    Attributes:
+        log: a file that a second port is written to.
+        columns: of the terminal.
+        rows: of the terminal.
+    """
 
     log: Annotated[str, HostFile()] = ""
     columns: U16 = 80

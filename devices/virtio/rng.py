@@ -23,7 +23,11 @@ _BLOCK = 64
 
 @dataclass
 class RngOptions:
-    """`seed`: a number that makes the bytes repeatable, and useless as secrets; none by default."""
+    """An entropy source.
+
+    Attributes:
+        seed: a number that makes the bytes repeatable, and useless as secrets; none by default.
+    """
 
     seed: int | None = None
 
