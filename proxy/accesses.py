@@ -170,7 +170,7 @@ class Accesses:
                         shared.close()
                     elif head < limit or make_room():
                         where = ring[head & last_slot]
-                        put_read(page, where, reads[size], offset, handler.base + offset)
+                        put_read(page, where, reads[size], offset)
                         head += 1
                         words[head_word] = head
                         if shares:
@@ -229,7 +229,6 @@ class Accesses:
                         ring[head & last_slot],
                         writes[size],
                         offset,
-                        handler.base + offset,
                         value,
                     )
                     head += 1
@@ -262,7 +261,7 @@ class Accesses:
                         shared.close()
                     elif head < limit or make_room():
                         where = ring[head & last_slot]
-                        put(page, where, synceds[size], offset, handler.base + offset, value)
+                        put(page, where, synceds[size], offset, value)
                         head += 1
                         words[head_word] = head
                         for _ in spins:

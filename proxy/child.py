@@ -184,7 +184,7 @@ class ChildLoop:
         host.quiet = False
         while True:
             if words[head_word] != tail:
-                opcode, size, region, _, offset, _, value = unpack(page, ring[tail & last_slot])
+                opcode, size, region, offset, value = unpack(page, ring[tail & last_slot])
                 if opcode == _READ:
                     host.quiet = True
                     words[value_word] = readers[region](offset, size)
@@ -255,7 +255,7 @@ class ChildLoop:
         head = words[lane.HEAD]
         while self._tail != head:
             place = lane.RING[self._tail % lane.RING_SLOTS]
-            opcode, size, region, _, offset, _, value = lane.TAKEN_SLOT.unpack_from(page, place)
+            opcode, size, region, offset, value = lane.TAKEN_SLOT.unpack_from(page, place)
             if opcode == _READ:
                 words[lane.VALUE] = self._commands.readers[region](offset, size)
             elif opcode == _WRITE:

@@ -56,12 +56,12 @@ SLOT_BYTES = 64
 """A cache line each, so that the two sides do not fight for neighbours."""
 RING = tuple(RING_START + SLOT_BYTES * slot for slot in range(RING_SLOTS))
 """Where each slot starts."""
-SLOT = struct.Struct("<QQQQ")
+SLOT = struct.Struct("<QQQ")
 """Header as in the messages `Read`, `Write` and `SyncedWrite` (opcode, length, region, requester),
-then offset, address and data."""
-READ_SLOT = struct.Struct("<QQQ")
+then offset and data. The address is left out: no model knows where it is mapped."""
+READ_SLOT = struct.Struct("<QQ")
 """The part of a slot that a read needs."""
-TAKEN_SLOT = struct.Struct("<BBBxIQQQ")
+TAKEN_SLOT = struct.Struct("<BBB5xQQ")
 """A slot as the child takes it, with the header's fields apart."""
 
 
