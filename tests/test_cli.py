@@ -359,3 +359,11 @@ def test_statistics_say_where_the_time_went(tmp_path: Path) -> None:
     text = run("boot", "default", "--stats").stderr
     assert b"vmm: time: start-up and end " in text
     assert b"vmm: time in devices: " in text
+
+
+def test_an_empty_firmware_is_named(tmp_path: Path) -> None:
+    rom = tmp_path / "bios.rom"
+    rom.touch()
+    done = run("boot", "--firmware", str(rom))
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines() == [f"vmm: firmware {rom}: the file is empty"]

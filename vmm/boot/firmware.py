@@ -22,17 +22,17 @@ LOW_COPY = 256 << 10
 """What a 256 KiB SeaBIOS expects below 1 MiB when no chip set copies it there."""
 
 
-def check(rom: bytes) -> None:
+def check(rom: bytes, name: str) -> None:
     """Whether a file can be a ROM.
 
     Raises:
         UserError: its size is wrong.
     """
     if not rom:
-        raise UserError("the file is empty")
+        raise UserError(f"{name}: the file is empty")
     if len(rom) % GRAIN or len(rom) > MAX_ROM:
         raise UserError(
-            f"a firmware ROM of {len(rom)} bytes: it must have a multiple of 64 KiB, "
+            f"{name}: a firmware ROM of {len(rom)} bytes: it must have a multiple of 64 KiB, "
             f"at most {MAX_ROM >> 20} MiB"
         )
 
@@ -43,16 +43,14 @@ def load(memory: GuestMemory, rom: bytes, name: str = "firmware") -> BootResult:
     Raises:
         UserError: its size is wrong, or it is not that of the ROM region.
     """
-    try:
-        check(rom)
-        region = memory.rom
-        if region is None or region.size != len(rom):
-            size = 0 if region is None else region.size
-            raise UserError(
-                f"a firmware ROM of {len(rom):#x} bytes; the machine was made for one of {size:#x}"
-            )
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+    check(rom, name)
+    region = memory.rom
+    if region is None or region.size != len(rom):
+        size = 0 if region is None else region.size
+        raise UserError(
+            f"{name}: a firmware ROM of {len(rom):#x} bytes; the machine was made for one of "
+            f"{size:#x}"
+        )
     region.view[:] = rom
     low = rom[-LOW_COPY:]
     memory.write(MIB - len(low), low)

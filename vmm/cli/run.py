@@ -34,7 +34,7 @@ def boot(args: argparse.Namespace) -> int:
     plan = SnapshotPlan.parse(args)
     rom = b"" if args.firmware is None else read_file(args.firmware, "firmware")
     if args.firmware is not None:
-        firmware.check(rom)
+        firmware.check(rom, f"firmware {args.firmware}")
         if args.image is not None:
             raise UserError("--firmware starts by itself: give no image")
     image, name = _read_image(args.image)
