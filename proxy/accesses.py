@@ -163,7 +163,7 @@ class Accesses:
             writes = tuple(lane.header(m.Write.opcode, size, index) for size in range(9))
             synceds = tuple(lane.header(m.SyncedWrite.opcode, size, index) for size in range(9))
 
-            def read(offset: int, size: int) -> int:
+            def read(offset: int, size: int, again: bool = False) -> int:
                 nonlocal tubed, head, limit, posted
                 if is_open:
                     if words[state_word] == dozing:
@@ -190,10 +190,11 @@ class Accesses:
                         if upcalls > link.upcalls and not link.catch_up(upcalls, "Read"):
                             return ones[size]
                         return result & ones[size]
-                if not tubed & _TICK:
+                # Once: a child that scribbles on the page could have the lane opened for ever.
+                if not tubed & _TICK and not again:
                     tick()
                     if is_open:
-                        return read(offset, size)
+                        return read(offset, size, True)
                 tubed += 1
                 posted = False
                 request: bytes | None = pack_read(reads[size], offset, handler.base + offset)

@@ -17,7 +17,7 @@ from proxy import lane
 from proxy import messages as m
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
-from proxy.machine_lane import BURST
+from proxy.machine_lane import BURST, MachineLane
 from proxy.placement import Seat
 from proxy.warden import Warden
 
@@ -476,3 +476,32 @@ def test_an_upcall_may_be_met_before_the_child_has_counted_it(seat: Seat) -> Non
         open_lane(device)
         assert device.handlers()[0].read(0, 4) == 42
         assert device.failed is None
+
+
+def test_a_page_that_says_asleep_at_each_opening(
+    seat: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that the lane is opened its child seems to sleep, and to have closed it before."""
+
+    def script(tube: socket.socket, bell: int, words: memoryview | None) -> None:
+        activate(tube, has_lane=True)
+        while data := tube.recv(100):
+            if data[0] == m.Read.opcode:
+                tube.send(m.ReadResult(data[1], 7).encode())
+
+    real = MachineLane.open
+
+    def scribbling(self: MachineLane) -> bool:
+        assert self.words is not None
+        self.words[lane.CLOSED] = self._generation
+        is_open = real(self)
+        self.words[lane.STATE] = self.dozing
+        return is_open
+
+    monkeypatch.setattr(MachineLane, "open", scribbling)
+    with child_of(script, shared=True) as child:
+        device = ProxyDevice(child, Recorder(), placement=Only(seat), deadline=2)
+        for _ in range(20 * BURST):
+            assert device.handlers()[0].read(0, 4) == 7
+        assert device.failed is None
+        assert device.lane.openings > 1
