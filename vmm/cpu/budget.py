@@ -60,11 +60,6 @@ class Budget:
 
         return on_block
 
-    @property
-    def executed(self) -> int:
-        """Bytes of guest code executed so far; grows only."""
-        return self.words[_EXECUTED]
-
     def arm(self, amount: int) -> None:
         """Allow `amount` more bytes."""
         words = self.words
@@ -74,14 +69,3 @@ class Budget:
     def end(self) -> None:
         """From any thread: stop before the next block."""
         self.words[_LIMIT] = -1
-
-    def charge(self, amount: int) -> bool:
-        """Spend `amount` on something that is no code; True when the limit is reached."""
-        words = self.words
-        words[_EXECUTED] += amount
-        return words[_EXECUTED] >= words[_LIMIT]
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the hook has stopped the engine since `arm`."""
-        return self.words[_STOPPED] != 0
