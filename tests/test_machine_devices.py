@@ -299,7 +299,7 @@ import resource, sys
 from vmm.config import DeviceConfig, MachineConfig
 from vmm.machine import Machine
 from devices.errors import DeviceError, UserError
-devices = tuple(DeviceConfig(f"e{n}", "echo", addr=0x600 + 16 * n) for n in range(40))
+devices = tuple(DeviceConfig(f"e{n}", "echo", addr=0x1000 + 16 * n) for n in range(40))
 machine = Machine(MachineConfig(16 << 20, devices), jail="off")
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
 try:
