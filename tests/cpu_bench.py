@@ -70,7 +70,9 @@ class Bench:
     native = True
     """What `Cpu` gets if nothing else is asked for; the fixture `both_paths` changes it."""
 
-    def __init__(self, size: int = 16 << 20, native: bool | None = None) -> None:
+    def __init__(
+        self, size: int = 16 << 20, native: bool | None = None, counts: bool = True
+    ) -> None:
         self.memory = GuestMemory(size)
         self.ports, self.mmio = Recorder(), Recorder()
         self.port_bus = Bus(BusType.PIO, 0x10000)
@@ -78,7 +80,7 @@ class Bench:
         self.mmio_bus = Bus(BusType.MMIO)
         self.mmio_bus.insert(Range(MMIO, 0x1000), self.mmio, "mmio")
         native = self.native if native is None else native
-        self.cpu = Cpu(self.memory, self.port_bus, self.mmio_bus, native=native)
+        self.cpu = Cpu(self.memory, self.port_bus, self.mmio_bus, native=native, counts=counts)
         self.memory.write(HANDLERS, b"\xf4" * 256)
 
     def __enter__(self) -> Bench:

@@ -234,8 +234,9 @@ AFTER = bytes.fromhex(
 
 
 @pytest.mark.parametrize("kind", ["out", "outs", "in", "ins", "mmio-write", "mmio-read"])
-def test_stop_now_repeats_and_skips_nothing(kind: str) -> None:
-    with Bench() as bench:
+@pytest.mark.parametrize("counts", [True, False])
+def test_stop_now_repeats_and_skips_nothing(kind: str, counts: bool) -> None:
+    with Bench(counts=counts) as bench:
 
         def answer(offset: int, _size: int) -> int:
             if offset < 4:
@@ -282,10 +283,10 @@ def test_stop_now_repeats_and_skips_nothing(kind: str) -> None:
         bench.start(state, code + AFTER)
         stops = []
         while not bench.cpu.halted:
-            stops.append(bench.cpu.run(1 << 20).reason)
+            stops.append(bench.cpu.run().reason)
             assert len(stops) < 10
         assert StopReason.REQUESTED in stops
-        assert bench.cpu.run(1 << 20).reason is StopReason.HALT
+        assert bench.cpu.run().reason is StopReason.HALT
         accesses = 4 if kind in ("ins", "outs") else 1
         device = bench.mmio if "mmio" in kind else bench.ports
         log = device.reads if kind in ("in", "ins", "mmio-read") else device.writes

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from cpu_bench import CODE, MMIO, Bench
 
+from vmm.cpu.cpuid import cpuid
 from vmm.cpu.engine import StopReason
 
 ENGINES: dict[str, dict[str, Any]] = {
     "native": {"native": True},
+    "uncounted": {"native": True, "counts": False},
     "portable": {"native": False},
 }
 COUNTER, SOURCE = 0x30000, 0x100000
@@ -58,10 +60,11 @@ def stops(bench: Bench, how: str, count: int) -> None:
         return
     with Kicker(bench):
         for _ in range(count):
-            assert bench.cpu.run(1 << 40).reason is StopReason.BUDGET
+            assert bench.cpu.run().reason is StopReason.BUDGET
 
 
-WAYS = [(e, h) for e in ENGINES for h in ("budget", "kick")]
+WAYS = [(e, h) for e in ENGINES for h in ("budget", "kick") if (e, h) != ("uncounted", "budget")]
+"""A budget makes an engine count."""
 
 
 @pytest.mark.parametrize(("engine", "how"), WAYS)
@@ -103,6 +106,32 @@ def test_read_modify_write_of_device_memory(engine: str, how: str) -> None:
         assert count == reads == writes == value > 1000
 
 
+# l: inc qword [rsi]; mov eax, 0x15; cpuid; sub eax, 0; or r8, rax; syscall; jmp l
+HOOKED_LOOP = bytes.fromhex("48ff06 b815000000 0fa2 2d00000000 4909c0 0f05 ebea")
+SYSCALL_ENTRY = 0x24000
+# inc qword [rsi+8]; jmp rcx
+SYSCALL_HANDLER = bytes.fromhex("48ff4608 ffe1")
+
+
+@pytest.mark.parametrize(("engine", "how"), WAYS)
+def test_instructions_that_the_engine_leaves_to_us(engine: str, how: str) -> None:
+    """CPUID is ours and SYSCALL does something, also behind a stop that was asked for."""
+    with Bench(**ENGINES[engine]) as bench:
+        code = bytearray(HOOKED_LOOP)
+        code[11:15] = cpuid(0x15)[0].to_bytes(4, "little")
+        bench.memory.write(SYSCALL_ENTRY, SYSCALL_HANDLER)
+        state = bench.long()
+        state.gpr[6], state.gpr[8] = COUNTER, 0
+        state.efer |= 1
+        state.msrs = {0xC000_0081: 0x0010_0008 << 32, 0xC000_0082: SYSCALL_ENTRY}
+        bench.start(state, bytes(code))
+        stops(bench, how, 10_000)
+        rounds, calls = bench.words(COUNTER, 2)
+        assert rounds - calls in (0, 1)
+        assert calls > 1000
+        assert bench.cpu.get_state().gpr[8] == 0
+
+
 @pytest.mark.parametrize(("engine", "how"), WAYS)
 def test_repeated_moves(engine: str, how: str) -> None:
     """Overlapping by one: each byte moved twice or not at all would show to the end."""
@@ -140,7 +169,7 @@ def test_repeated_moves_into_device_memory(engine: str, how: str) -> None:
         else:
             bench.mmio.on_write = lambda *_: time.sleep(0)  # the kicker's turn
             with Kicker(bench):
-                while bench.cpu.run(1 << 40).reason is StopReason.BUDGET:
+                while bench.cpu.run().reason is StopReason.BUDGET:
                     turns += 1
         assert bench.cpu.halted
         assert turns > 10

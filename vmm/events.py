@@ -20,6 +20,8 @@ from time import monotonic
 
 Callback = Callable[[], None]
 FAR = float("inf")
+REPEAT = 2e-4
+"""Seconds until a kick is repeated that was not heard."""
 LONGEST = 3600.0
 """Seconds of one wait, at most: epoll and select refuse waits of more than 24 days or 2^63 ns."""
 
@@ -43,15 +45,17 @@ class EventLoop:
 
     Args:
         kick: called by the watcher thread to make the vCPU thread come back; must be thread-safe.
+        unheard: whether the last kick must be repeated; also called by the watcher.
 
     Attributes:
         guest_due: when (`time.monotonic`) the guest's own next timer is due, `FAR` for never;
             handling it is up to the vCPU loop. Call `replanned` when it has changed.
     """
 
-    def __init__(self, kick: Callback) -> None:
+    def __init__(self, kick: Callback, unheard: Callable[[], bool] = lambda: False) -> None:
         self.guest_due: Callable[[], float] = lambda: FAR
         self._kick = kick
+        self._unheard = unheard
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._timers: list[tuple[float, int, Timer]] = []
@@ -61,7 +65,7 @@ class EventLoop:
         self._rearm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._armed = threading.Event()
         self._watching = False
-        self._watched_until = FAR
+        self._watched_until = self._soon = FAR
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -92,6 +96,10 @@ class EventLoop:
         """Make a `poll` that waits return, and a running guest come back; from any thread."""
         os.eventfd_write(self._wake, 1)
 
+    def look_within(self, seconds: float) -> None:
+        """Kick the CPU after so long, once; before the next `poll`."""
+        self._soon = monotonic() + seconds
+
     def replanned(self) -> None:
         """A timer was planned: let the watcher look again if it would come too late."""
         if self._watching and self._next_due() < self._watched_until:
@@ -109,6 +117,7 @@ class EventLoop:
 
         Returns whether anything was handled.
         """
+        self._soon = FAR
         if timeout != 0.0:
             due = self._next_due(guest)
             left = LONGEST if timeout is None else min(timeout, LONGEST)
@@ -151,7 +160,7 @@ class EventLoop:
     def _next_due(self, with_guest: bool = True) -> float:
         while self._timers and self._timers[0][2].cancelled:
             heapq.heappop(self._timers)
-        guest = self.guest_due() if with_guest else FAR
+        guest = min(self.guest_due(), self._soon) if with_guest else FAR
         return min(self._timers[0][0], guest) if self._timers else guest
 
     def _run_timers(self) -> bool:
@@ -181,10 +190,12 @@ class EventLoop:
             if self._closed:
                 return
             self._kick()
+            while self._unheard() and not self._armed.wait(REPEAT):
+                self._kick()
 
     def _next_due_unchanged(self) -> float:
         """As `_next_due`, from the watcher: the heap belongs to the vCPU thread."""
-        guest = self.guest_due()
+        guest = min(self.guest_due(), self._soon)
         return min(self._timers[0][0], guest) if self._timers else guest
 
 

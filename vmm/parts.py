@@ -110,9 +110,10 @@ class Parts:
         self.buses = {BusType.PIO: ports, BusType.MMIO: mmio}
         for region in self.memory.regions:
             mmio.reserve(Range(region.start, region.size))
-        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, tsc=self._tsc)
+        counts = self.config.clock is ClockKind.VIRTUAL
+        self.cpu = Cpu(self.memory, self.buses[BusType.PIO], mmio, counts=counts, tsc=self._tsc)
         self._stack.callback(self.cpu.close)
-        self.events = EventLoop(self.cpu.kick)
+        self.events = EventLoop(self.cpu.kick, self.cpu.unheard)
         self._stack.callback(self.events.close)
         self._build_platform(between)
         meanwhile(self.memory)

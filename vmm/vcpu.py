@@ -22,6 +22,8 @@ from vmm.outcome import Ending, Outcome
 
 UNLIMITED = 1 << 62
 """A budget that ends only when somebody kicks the CPU."""
+WINDOW_SECONDS = 30e-6
+"""The same where the CPU does not count."""
 WINDOW_FIRST = 256
 WINDOW_MAX = 16 << 10
 """Budgets, in bytes of code, while an interrupt waits for the guest to enable interrupts."""
@@ -122,6 +124,8 @@ class VcpuLoop:
             steps: exactly this many instructions (slow); overrides `budget`.
         """
         cpu, events, clock = self._cpu, self._events, self._clock
+        if budget < UNLIMITED:
+            cpu.count()
         last = cpu.executed + budget
         stats, entered = self.stats, perf_counter()
         try:
@@ -132,7 +136,7 @@ class VcpuLoop:
                 stats.slices += 1
                 began = perf_counter()
                 if steps is None:
-                    stop = cpu.run(min(self._slice, last - cpu.executed, clock.budget_until_next()))
+                    stop = cpu.run(self._budget(last))
                 else:
                     stop = cpu.step(1)
                     steps -= 1
@@ -142,6 +146,12 @@ class VcpuLoop:
         finally:
             clock.pause()
             stats.total += perf_counter() - entered
+
+    def _budget(self, last: int) -> int | None:
+        """Bytes of code until the next look; None: until somebody kicks the CPU."""
+        if not self._cpu.counts:
+            return None
+        return min(self._slice, last - self._cpu.executed, self._clock.budget_until_next())
 
     def _turn_ends(self, last: int, steps: int | None) -> bool:
         """All that happens between two slices; True when the run is over."""
@@ -166,7 +176,7 @@ class VcpuLoop:
         if self._outcome is None:
             if cpu.executed >= last or steps == 0:
                 self.stop(Outcome(Ending.PAUSED))
-            elif cpu.halted:  # a waiting interrupt that can be taken has woken it
+            elif cpu.halted:
                 self._halted()
         return self._outcome is not None
 
@@ -182,15 +192,19 @@ class VcpuLoop:
 
         When to look again is a count of executed bytes and not "when the loop comes by": with a
         virtual clock the guest must be interrupted at the same instruction however often the
-        machine is stopped in between.
+        machine is stopped in between. A CPU that does not count is looked at by the clock.
         """
         cpu, window = self._cpu, self.window
-        if not cpu.halted and cpu.executed < window.look_at:
+        if not cpu.counts:
+            if cpu.interruptible():
+                self._deliver_interrupt()
+            if self._irqchip.pending():
+                self._events.look_within(WINDOW_SECONDS)
+        elif not cpu.halted and cpu.executed < window.look_at:
             self._slice = window.look_at - cpu.executed
         elif cpu.interruptible():
             window.size, window.look_at = WINDOW_FIRST, 0
-            self.stats.interrupts += 1
-            self._delivered(cpu.inject(self._irqchip.acknowledge()))
+            self._deliver_interrupt()
             if self._irqchip.pending():
                 window.look_at = cpu.executed + WINDOW_FIRST
                 self._slice = WINDOW_FIRST
@@ -198,6 +212,10 @@ class VcpuLoop:
             self._slice = window.size
             window.look_at = cpu.executed + window.size
             window.size = min(window.size * 2, WINDOW_MAX)
+
+    def _deliver_interrupt(self) -> None:
+        self.stats.interrupts += 1
+        self._delivered(self._cpu.inject(self._irqchip.acknowledge()))
 
     def _delivered(self, stop: Stop | None) -> None:
         if stop is not None:

@@ -30,7 +30,10 @@ def stats_values(machine: Machine) -> dict[str, Any]:
         }
     return {
         "seconds": _seconds(machine),
-        "vcpu": {"executed_bytes": parts.cpu.executed, **dataclasses.asdict(parts.vcpu.stats)},
+        "vcpu": {
+            "executed_bytes": parts.cpu.executed if parts.cpu.counts else None,
+            **dataclasses.asdict(parts.vcpu.stats),
+        },
         "placement": parts.placement.describe(),
         "unclaimed": {
             str(kind): {"reads": bus.unclaimed_reads, "writes": bus.unclaimed_writes}
@@ -73,6 +76,9 @@ def stats_lines(values: dict[str, Any]) -> list[str]:
     """The same for people."""
     vcpu, spent = values["vcpu"], values["seconds"]
     busiest = sorted(spent["devices"].items(), key=lambda item: -item[1])
+    executed = (
+        "" if vcpu["executed_bytes"] is None else f"{vcpu['executed_bytes']:,} bytes of code in "
+    )
     lines = [
         f"time: start-up and end {spent['start_up']:.3f} s, engine {spent['engine']:.3f} s, "
         f"exceptions {spent['exceptions']:.3f} s "
@@ -84,7 +90,7 @@ def stats_lines(values: dict[str, Any]) -> list[str]:
             if busiest
             else []
         ),
-        f"vcpu: {vcpu['executed_bytes']:,} bytes of code in {vcpu['slices']} slices, "
+        f"vcpu: {executed}{vcpu['slices']} slices, "
         f"{vcpu['interrupts']} interrupts, idle {vcpu['idle']:.3f} s",
         f"placement: {values['placement']}",
     ]

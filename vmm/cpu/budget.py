@@ -16,6 +16,7 @@ import ctypes
 from typing import Any
 
 from vmm.cpu import native as machine_code
+from vmm.cpu.leaving import Leaving
 from vmm.cpu.library import HOOK_BLOCK, BlockCallback, Engine, address_of
 
 _EXECUTED, _LIMIT, _STOP, _STOPPED = range(4)
@@ -29,24 +30,38 @@ class Budget:
     Args:
         engine: the engine to hook.
         native: False forces the portable hook.
+        leaving: ends runs without a hook, until `count` is called.
 
     Attributes:
+        counts: whether blocks are counted, and the limit is looked at.
+        leaving: ends the run that goes on, if anything does beside the limit.
         words: [executed, limit, -, stopped], for the hot path of `Cpu`.
         address: of `words`, for native code.
         code: the machine code in use; None: the portable hook.
     """
 
-    def __init__(self, engine: Engine, native: bool = True) -> None:
+    def __init__(self, engine: Engine, native: bool = True, leaving: Leaving | None = None) -> None:
+        self._engine = engine
+        self.counts = False
+        self.leaving = leaving
         self._storage = (ctypes.c_int64 * 4)()
         self.words = memoryview(self._storage).cast("B").cast("q")
         self.words[_LIMIT] = NO_LIMIT
         self.words[_STOP] = address_of("uc_emu_stop")
         self.address = ctypes.addressof(self._storage)
         self.code = machine_code.load() if native else None
+        if leaving is None:
+            self.count()
+
+    def count(self) -> None:
+        """Count from now on; code that is translated already is not counted."""
+        if self.counts:
+            return
+        self.counts, self.leaving = True, None
         if self.code is not None:
-            engine.hook(HOOK_BLOCK, ctypes.c_void_p(self.code.on_block), data=self.address)
+            self._engine.hook(HOOK_BLOCK, ctypes.c_void_p(self.code.on_block), data=self.address)
         else:
-            engine.hook(HOOK_BLOCK, BlockCallback(self._portable(engine)))
+            self._engine.hook(HOOK_BLOCK, BlockCallback(self._portable(self._engine)))
 
     def _portable(self, engine: Engine) -> Any:
         words, stop = self.words, engine.stop
@@ -67,5 +82,10 @@ class Budget:
         words[_LIMIT] = words[_EXECUTED] + amount
 
     def end(self) -> None:
-        """From any thread: stop before the next block."""
+        """From any thread: stop before the next block.
+
+        Without a count a run that has not really begun does not hear it (see `leaving`).
+        """
         self.words[_LIMIT] = -1
+        if self.leaving is not None:
+            self.leaving.leave()

@@ -22,6 +22,7 @@ from vmm.cpu.access import install_cpuid, install_io, install_tsc
 from vmm.cpu.budget import NO_LIMIT, Budget
 from vmm.cpu.context import F_IF, NONE, Context
 from vmm.cpu.layout import H_SHADOW
+from vmm.cpu.leaving import LEFT, Leaving
 from vmm.cpu.library import REG, Engine
 from vmm.cpu.live import hidden_flags
 from vmm.cpu.paging import Linear, Physical
@@ -57,6 +58,8 @@ class Cpu:
         ports: answers IN and OUT.
         mmio: answers every physical address that is not RAM, up to 2**40.
         native: False does without machine code (`native`) and the accelerator.
+        counts: False leaves out the count of executed bytes, which costs a tenth of the speed of
+            short blocks, until the first run that has a budget; only where the engine allows it.
         tsc: the time-stamp counter; None leaves RDTSC to the engine, which reads the host's.
 
     Raises:
@@ -70,17 +73,21 @@ class Cpu:
         mmio: Bus,
         *,
         native: bool = True,
+        counts: bool = True,
         tsc: Callable[[], int] | None = None,
     ) -> None:
         self.halted = False
         self._kicked = False
         self._requested = False
-        self._counting = False
+        self._running = False
+        self._stepping = False
         self._regions = [(region.start, region.end) for region in memory.regions]
         self._engine = engine = Engine()
         for region in memory.regions:
             engine.map_ram(region.start, region.size, region.address)
-        self._budget = Budget(engine, native)
+        self._accelerated = native and available()
+        self._leaving = None if counts or not self._accelerated else _leaving(engine)
+        self._budget = Budget(engine, native, self._leaving)
         self._words = self._budget.words
         self._context = context = Context(engine)
         self._physical = Physical(memory, mmio)
@@ -100,7 +107,6 @@ class Cpu:
         install_cpuid(engine, context, traps.fail)
         if tsc is not None:
             install_tsc(engine, context, tsc, traps.fail)
-        self._accelerated = native and available()
         accelerate(engine, self._accelerated)
         self.set_state(CpuState())
 
@@ -128,6 +134,18 @@ class Cpu:
         self._requested = False
 
     @property
+    def counts(self) -> bool:
+        """Whether `executed` counts."""
+        return self._budget.counts
+
+    def count(self) -> None:
+        """Count executed bytes from now on; between runs."""
+        if not self.counts:
+            self._leaving = None
+            self._budget.count()
+            self._engine.flush_translations()
+
+    @property
     def executed(self) -> int:
         """Bytes of guest code executed since this object was made: the virtual clock.
 
@@ -143,13 +161,15 @@ class Cpu:
 
     # Running.
 
-    def run(self, budget: int) -> Stop:
+    def run(self, budget: int | None = None) -> Stop:
         """Run until about `budget` bytes of code were executed or something else stops the CPU.
 
         A stop by budget or `kick` falls on the start of a block: no instruction is run twice or
         skipped. The last block may overdraw the budget by its own size (less than 4 KiB).
         """
-        return self._run(budget, 0)
+        if budget is not None:
+            self.count()
+        return self._run(NO_LIMIT if budget is None else budget, 0)
 
     def step(self, count: int = 1) -> Stop:
         """Execute exactly `count` instructions; slow, it drops all translated code.
@@ -179,43 +199,51 @@ class Cpu:
         if self.halted:
             return _HALT
         engine, words = self._engine, self._words
-        if bool(count) is not self._counting:
+        if bool(count) is not self._stepping:
             # The library drops translated code only when it stops counting.
-            self._counting = bool(count)
+            self._stepping = bool(count)
             accelerate(engine, self._accelerated and not count)
             engine.flush_translations()
+            self._budget.leaving = None if count else self._leaving
+        leaving = self._budget.leaving
         self._budget.arm(min(budget, NO_LIMIT))
+        self._running = True
         if self._kicked:  # a kick that came before the limit was set
-            self._kicked = False
+            self._running = self._kicked = False
             return _BUDGET
         while True:
             code = engine.start(engine.read(REG.UC_X86_REG_RIP), count)
-            self._kicked = False
+            self._running, kicked, self._kicked = False, self._kicked, False
             if traps.failure is not None:
                 failure, traps.failure = traps.failure, None
                 raise failure
             if traps.denied:
-                stop = self._refused(count)
+                stop = self._refused(count, kicked)
                 if stop is not None:
                     return stop
+                self._running = True
                 continue
-            if code:
-                traps.on_error(code)
+            if leaving is not None and code == LEFT:
+                ended = leaving.halted()
+            else:
+                if code:
+                    traps.on_error(code)
+                # Nothing asked the engine to stop, and yet it did: HLT, or a counted run's end.
+                ended = not code and not words[3]
             if traps.final is not None:
                 return traps.final
-            # Nothing asked the engine to stop, and yet it did: HLT, or a counted run's end.
-            ended = not code and not words[3]
             if ended and not count:
                 self.halted = True
             if self._requested:
                 self._requested = False
                 return _REQUESTED
-            if words[3]:
+            if words[3] or (kicked and leaving is not None):
                 return _BUDGET
             if ended:
                 return _STEPPED if count else _HALT
+            self._running = True
 
-    def _refused(self, count: int) -> Stop | None:
+    def _refused(self, count: int, kicked: bool) -> Stop | None:
         """A forbidden port access ended the run: deliver its fault; None: go on."""
         self.traps.refuse()
         if self.traps.final is not None:
@@ -225,23 +253,29 @@ class Cpu:
             return _REQUESTED
         if count:
             return _STEPPED
-        kicked = self._words[1] < 0
         return _BUDGET if kicked or self._words[3] else None
 
     def kick(self) -> None:
-        """From any thread: end the current run before its next block, or else the next run."""
+        """From any thread: end the current run before its next block, or else the next run.
+
+        From another thread it must be repeated while it is `unheard`.
+        """
         self._kicked = True
-        self._words[1] = -1
+        self._budget.end()
+
+    def unheard(self) -> bool:
+        """Whether a run goes on that was kicked: perhaps it had not really begun then."""
+        return self._running and self._kicked
 
     def stop_now(self) -> None:
         """From a bus callback: end the run before the next block, as REQUESTED.
 
         The access is complete and the few instructions up to the end of its block still run, HLT
-        among them (then `halted` is set). No exact earlier stop exists: the library's own, asked
-        for in a callback, repeats the next access to memory, also to device memory.
+        among them (then `halted` is set). No exact earlier stop exists: the library's own without
+        the accelerator repeats the next access to memory, also to device memory.
         """
         self._requested = True
-        self._words[1] = -1
+        self._budget.end()
 
     # Interrupts.
 
@@ -305,3 +339,10 @@ class Cpu:
         May be called between runs and in bus callbacks. Parts that are not RAM are ignored.
         """
         invalidate(self._context, self._regions, address, length)
+
+
+def _leaving(engine: Engine) -> Leaving | None:
+    try:
+        return Leaving(engine)
+    except LookupError:
+        return None

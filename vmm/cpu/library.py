@@ -221,9 +221,10 @@ class Engine:
 
     # Memory and translations.
 
-    def map_ram(self, address: int, size: int, host: int) -> None:
-        """Let the guest reach `size` bytes of our memory at `host`, with every right."""
-        check(_map(self.handle, address, size, 7, host), f"map RAM at {address:#x}")
+    def map_ram(self, address: int, size: int, host: int, *, writable: bool = True) -> None:
+        """Let the guest reach `size` bytes of our memory at `host`, to read, execute and write."""
+        rights = 7 if writable else 5
+        check(_map(self.handle, address, size, rights, host), f"map RAM at {address:#x}")
 
     def map_io(self, address: int, size: int, read: Any, write: Any) -> None:
         """Send accesses to the callbacks; they get the offset from `address`."""

@@ -76,7 +76,7 @@ class Traps:
         """Keep the first exception of a callback and end the run."""
         if self.failure is None:
             self.failure = failure
-        self._words[1] = -1
+        self._budget.end()
 
     def inject(self, vector: int) -> None:
         """Deliver an external interrupt, between two runs."""
@@ -211,7 +211,7 @@ class Traps:
             flags = action(length)
         except Fault as fault:
             if self.deliver(fault.vector, fault.code, Source.EXCEPTION):
-                self._words[1] = -1
+                self._budget.end()
         context.rip -= length
         context.restore()
         if flags is not None:

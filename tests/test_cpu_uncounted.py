@@ -1,0 +1,167 @@
+"""A CPU that does not count its blocks: stops are as exact, and an HLT is told from a stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from cpu_bench import CODE, Bench
+from test_cpu_run import COUNT, COUNTER, assert_exact, counting
+
+from vmm.cpu import leaving
+from vmm.cpu.accelerator import available
+from vmm.cpu.engine import StopReason
+from vmm.cpu.native import load
+from vmm.machine import Machine
+from vmm.outcome import Ending
+
+pytestmark = pytest.mark.skipif(
+    not available() or load() is None or leaving._places() is None,
+    reason="on this host every CPU counts",
+)
+
+
+@contextmanager
+def kicking(bench: Bench, pause: Callable[[], object]) -> Iterator[None]:
+    """Another thread kicks, again and again, and repeats what was not heard."""
+    done = threading.Event()
+
+    def kicker() -> None:
+        while not done.is_set():
+            bench.cpu.kick()
+            pause()
+            while bench.cpu.unheard() and not done.is_set():
+                bench.cpu.kick()
+                time.sleep(0)
+
+    thread = threading.Thread(target=kicker)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_nothing_is_counted() -> None:
+    with Bench(counts=False) as bench:
+        assert not bench.cpu.counts
+        bench.start(counting(bench), COUNT)
+        threading.Timer(0.01, bench.cpu.kick).start()
+        assert bench.cpu.run().reason is StopReason.BUDGET
+        assert assert_exact(bench) > 1000
+        assert bench.cpu.executed == 0
+
+
+def test_kicks_are_exact() -> None:
+    with Bench(counts=False) as bench:
+        bench.start(counting(bench), COUNT)
+        with kicking(bench, lambda: time.sleep(0)):
+            for _ in range(20_000):
+                assert bench.cpu.run().reason is StopReason.BUDGET
+                if not _ % 500:
+                    assert_exact(bench)
+        assert assert_exact(bench) > 0
+
+
+def test_an_early_kick_is_not_lost() -> None:
+    with Bench(counts=False) as bench:
+        bench.start(counting(bench), COUNT)
+        bench.cpu.kick()
+        assert bench.cpu.run().reason is StopReason.BUDGET
+        assert assert_exact(bench) == 0
+
+
+def test_a_kick_is_told_from_a_halt() -> None:
+    """Each round has one HLT, and each of them must be seen, whatever kicks come."""
+    code = bytes.fromhex(
+        # l: inc qword [rbx]; sti; hlt; inc qword [rbx+8]; jmp l
+        "48ff03fbf448ff4308ebf5"
+    )
+    with Bench(counts=False) as bench:
+        bench.start(counting(bench), code)
+        bench.memory.write(0x10040, b"\x48\xcf")  # IRETQ
+        halts = stops = behind = 0
+        with kicking(bench, lambda: None):
+            while stops < 2000 or halts < 2000:
+                reason = bench.cpu.run().reason
+                before, after = bench.words(COUNTER, 2)
+                if bench.cpu.halted:
+                    halts += 1
+                    assert bench.cpu.get_state().rip == CODE + 5
+                    assert (before, after) == (halts, halts - 1)
+                    assert bench.cpu.inject(0x40) is None
+                else:
+                    assert reason is StopReason.BUDGET
+                    stops += 1
+                    # Where a halt would have left it: woken, and stopped right there.
+                    behind += bench.cpu.get_state().rip == CODE + 5
+                    assert before - after in (0, 1)
+                    assert halts in (before, before - 1)
+        assert behind > 0
+
+
+def test_endless_exceptions_end() -> None:
+    with Bench(counts=False) as bench:
+        state = bench.long()
+        bench.memory.write(0x10006, b"\x48\xcf")  # the handler of #UD returns to the same UD2
+        bench.start(state, b"\x0f\x0b")
+        with kicking(bench, lambda: time.sleep(0.01)):
+            assert bench.cpu.run().reason is StopReason.BUDGET
+
+
+def test_a_failing_device_ends_the_run() -> None:
+    def fail(_offset: int, _size: int) -> int:
+        raise ZeroDivisionError
+
+    with Bench(counts=False) as bench:
+        bench.ports.answer = fail
+        state = bench.long()
+        state.gpr[2] = 0x80
+        bench.start(state, b"\xec\xeb\xfe")  # in al, dx; jmp self
+        with pytest.raises(ZeroDivisionError):
+            bench.cpu.run()
+
+
+def test_a_budget_makes_it_count() -> None:
+    with Bench(counts=False) as bench:
+        bench.start(counting(bench), COUNT)
+        threading.Timer(0.01, bench.cpu.kick).start()
+        bench.cpu.run()  # translated without a count
+        for budget in (1, 100, 1000):
+            before = bench.cpu.executed
+            assert bench.cpu.run(budget).reason is StopReason.BUDGET
+            assert budget <= bench.cpu.executed - before < budget + len(COUNT)
+            assert_exact(bench)
+        assert bench.cpu.counts
+
+
+def test_steps() -> None:
+    with Bench(counts=False) as bench:
+        bench.start(counting(bench), COUNT)
+        bench.cpu.step(5)
+        assert assert_exact(bench) == 1
+        threading.Timer(0.01, bench.cpu.kick).start()
+        assert bench.cpu.run().reason is StopReason.BUDGET
+        assert assert_exact(bench) > 1000
+
+
+def test_where_it_cannot_be_seen_blocks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "_places", lambda: None)
+    with Bench(counts=False) as bench:
+        assert bench.cpu.counts
+        assert bench.run(bench.long(), b"\x90\xf4").reason is StopReason.HALT
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_machines_count_with_a_virtual_clock(clock: str) -> None:
+    with Machine(memory="16M", clock=clock) as machine:
+        machine.boot("counter")
+        assert machine.run(until="counter 3\n", timeout=20).ending is Ending.PAUSED
+        assert machine.parts.cpu.counts is (clock == "virtual")
+        assert machine.run(budget=1000).ending is Ending.PAUSED
+        assert machine.parts.cpu.counts
+        assert machine.run(until="counter 5\n", timeout=20).ending is Ending.PAUSED

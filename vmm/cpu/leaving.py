@@ -1,0 +1,272 @@
+"""Leaving the engine from any thread, exactly: before the next block, with nothing else changed.
+
+The library's own call for that, `uc_emu_stop`, is noticed at the start of a block, too (see
+`accelerator`), but has an effect at once: the engine then skips all but the first of its
+instruction hooks, so a SYSCALL between the call and the end of its block does nothing. What the
+call does is to set a flag, `stop_request`, and fields of the CPU's structure that make it leave
+translated code. We set those, and instead of the flag the engine's error code, to one that the
+library does not have. Until the block ends it looks at that only where physical memory is not
+mapped (where a read is then tried again by the next run); then it ends the run, and returns it.
+
+A run that is left may have executed HLT in that moment, which a further field tells.
+
+The library has no call for any of these fields, so they are looked for by experiment, as all
+private fields are, and then must pass a trial. Where one is not found beyond doubt, or on a build
+that cannot be accelerated, there is no leaving and blocks are counted (see `budget`).
+
+Source of what is looked for: struct uc_struct, CPUState and cpu_exit of Unicorn 2.1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmm.cpu.accelerator import accelerate, available
+from vmm.cpu.library import REG, CpuidCallback, Engine, OutCallback, memory_of
+
+LEFT = 0x1EF7
+"""What a run returns that was left; the library's own error codes are small numbers."""
+
+_SEARCHED = 4096
+"""Bytes of the engine's structure that are looked at."""
+_CPU_BYTES = 48 << 10
+"""Bytes of the CPU's structure; it begins with a cache of 4096 pointers."""
+_MARK = 0x5A17_ED5A_17ED_0CB5
+_HALTS = (True, False, True, True, False, False, True, False)
+_WRITE_UNMAPPED, _WRITE_PROTECTED = 7, 12  # UC_ERR_WRITE_UNMAPPED, UC_ERR_WRITE_PROT
+_READ_ONLY, _UNMAPPED = 0x10000, 0x50000
+_HLT, _ACCESS, _STORE, _LEAVE, _LEAVE_AND_HALT = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
+_PROGRAMS = {
+    _HLT: "f4",
+    _ACCESS: "e680 eb00 f4",  # out 0x80, al; jmp next; hlt
+    _STORE: "8907 e680 eb00 f4",  # mov [rdi], eax; out; jmp next; hlt
+    _LEAVE: "e681 0fa2 48ffc6 eb00 f4",  # out 0x81, al; cpuid; inc rsi; jmp next; hlt
+    _LEAVE_AND_HALT: "e681 0fa2 48ffc6 f4",
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the fields are, in bytes.
+
+    Attributes:
+        cpu: of the CPU's address in the engine's structure.
+        error: of the error code in the engine's structure.
+        halted: of the word in the CPU's structure that is 1 after an HLT.
+        flags: of the bytes in the CPU's structure that are 1 when it shall leave.
+        count: of the half-word in it that is negative then; the start of a block looks at it.
+    """
+
+    cpu: int
+    error: int
+    halted: int
+    flags: tuple[int, ...]
+    count: int
+
+
+class Leaving:
+    """The fields of one engine.
+
+    Raises:
+        LookupError: this build of the library does not show them.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        places = _places()
+        if places is None or engine.handle is None:
+            raise LookupError("the engine's private fields were not found")
+        self._take(engine.handle, places)
+
+    def _take(self, handle: int, places: Places) -> None:
+        cpu = ctypes.c_uint64.from_address(handle + places.cpu).value
+        self._error = ctypes.c_uint32.from_address(handle + places.error)
+        self._halted = ctypes.c_uint32.from_address(cpu + places.halted)
+        self._flags = [ctypes.c_uint8.from_address(cpu + place) for place in places.flags]
+        self._count = ctypes.c_int16.from_address(cpu + places.count)
+
+    def leave(self) -> None:
+        """From any thread: let the run that goes on return LEFT before its next block.
+
+        A run that has not really begun yet does not hear it. The order matters: whoever notices
+        the last field finds the others set.
+        """
+        self._error.value = LEFT
+        for flag in self._flags:
+            flag.value = 1
+        self._count.value = -1
+
+    def halted(self) -> bool:
+        """Whether the last run ended by HLT."""
+        return self._halted.value != 0
+
+    @classmethod
+    def at(cls, engine: Engine, places: Places) -> Leaving:
+        """The same at places that are still on trial."""
+        leaving = cls.__new__(cls)
+        leaving._take(engine.handle or 0, places)
+        return leaving
+
+
+@functools.cache
+def _places() -> Places | None:
+    """Where the fields are; None: not where it is certain."""
+    if not available():
+        return None
+    with _Laboratory() as laboratory:
+        return laboratory.search()
+
+
+class _Laboratory:
+    """An engine to experiment with."""
+
+    def __init__(self) -> None:
+        self._engine = engine = Engine()
+        self._process = os.open("/proc/self/mem", os.O_RDONLY)
+        self._memory = mmap.mmap(-1, 0x20000)
+        self._on_access: Callable[[], object] = lambda: None
+        self._cpuids = 0
+        address = memory_of(self._memory)
+        engine.map_ram(0, _READ_ONLY, address)
+        engine.map_ram(_READ_ONLY, 0x1000, address, writable=False)
+        accelerate(engine, True)
+        engine.hook_instruction(REG.UC_X86_INS_OUT, OutCallback(self._out))
+        engine.hook_instruction(REG.UC_X86_INS_CPUID, CpuidCallback(self._cpuid))
+        for start, code in _PROGRAMS.items():
+            data = bytes.fromhex(code)
+            self._memory[start : start + len(data)] = data
+
+    def __enter__(self) -> _Laboratory:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._engine.close()
+        os.close(self._process)
+
+    def _out(self, *_access: int) -> None:
+        self._on_access()
+
+    def _cpuid(self, *_call: int) -> int:
+        self._cpuids += 1
+        return 1
+
+    def _run(self, program: int, on_access: Callable[[], object], ends: int) -> int:
+        """Run a program; LookupError if it does not end `ends` bytes behind its start."""
+        self._on_access = on_access
+        code = self._engine.start(program)
+        if self._engine.read(REG.UC_X86_REG_RIP) != program + ends:
+            raise LookupError("the engine does not stop where it should")
+        return code
+
+    def search(self) -> Places | None:
+        try:
+            pointer, cpu = self._find_cpu()
+            halted = self._find_halted(cpu)
+            flags, count = self._find_flags(cpu)
+            places = Places(pointer, self._find_error(), halted, flags, count)
+            self._try(Leaving.at(self._engine, places))
+        except (LookupError, OSError):
+            return None
+        return places
+
+    def _find_cpu(self) -> tuple[int, int]:
+        """Among what the engine points to, the structure that holds the CPU's registers."""
+        self._engine.write(REG.UC_X86_REG_RBX, _MARK)
+        mark = struct.pack("<Q", _MARK)
+        for offset, (address,) in enumerate(struct.iter_unpack("<Q", self._own())):
+            if mark in self._read(address):
+                return 8 * offset, address
+        raise LookupError("the engine does not point to its CPU")
+
+    def _find_halted(self, cpu: int) -> int:
+        """The word that is 1 after each run that ended by HLT and 0 after each that did not."""
+        candidates: set[int] | None = None
+        for halts in _HALTS:
+            if halts:
+                self._run(_HLT, lambda: None, 1)
+            else:
+                self._run(_ACCESS, self._engine.stop, 4)
+            words = memoryview(self._read(cpu)).cast("I")
+            matching = {at for at, word in enumerate(words) if word == halts}
+            candidates = matching if candidates is None else candidates & matching
+        return 4 * _only(candidates or set())
+
+    def _find_flags(self, cpu: int) -> tuple[tuple[int, ...], int]:
+        """What a stop changes in the CPU's structure: one or two flags and half of a counter."""
+        seen: list[bytes] = []
+
+        def stop() -> None:
+            seen.append(self._read(cpu))
+            self._engine.stop()
+            seen.append(self._read(cpu))
+
+        self._run(_ACCESS, stop, 4)
+        before, after = seen
+        changed = {
+            at: (before[at], after[at]) for at in range(_CPU_BYTES) if before[at] != after[at]
+        }
+        flags = [at for at, change in changed.items() if change == (0, 1)]
+        count = [at for at, change in changed.items() if change == (0, 0xFF)]
+        if len(flags) not in (1, 2) or len(count) != 2 or len(changed) != len(flags) + 2:
+            raise LookupError("a stop changes something else than it should")
+        return tuple(flags), count[0]
+
+    def _find_error(self) -> int:
+        """The one word of the engine that is the error of a store that has just failed."""
+        candidates: set[int] | None = None
+        for target, error in (
+            (_UNMAPPED, _WRITE_UNMAPPED),
+            (0x8000, 0),
+            (_READ_ONLY, _WRITE_PROTECTED),
+            (_UNMAPPED + 0x1000, _WRITE_UNMAPPED),
+        ):
+            seen: list[bytes] = []
+            self._engine.write(REG.UC_X86_REG_RDI, target)
+            self._on_access = lambda seen=seen: seen.append(self._own())  # type: ignore[misc]
+            self._engine.start(_STORE)
+            if len(seen) != 1:
+                raise LookupError("a failed store does not let its block go on")
+            words = memoryview(seen[0]).cast("I")
+            matching = {at for at, word in enumerate(words) if word == error}
+            candidates = matching if candidates is None else candidates & matching
+        return 4 * _only(candidates or set())
+
+    def _try(self, leaving: Leaving) -> None:
+        """The rest of the block runs, with its hooks; the run ends behind it, and HLT is told."""
+        for program, ends, halts in (
+            (_LEAVE, 9, False),
+            (_LEAVE_AND_HALT, 8, True),
+            (_LEAVE, 9, False),
+        ):
+            self._cpuids = 0
+            self._engine.write(REG.UC_X86_REG_RSI, 0)
+            code = self._run(program, leaving.leave, ends)
+            result = code, self._cpuids, self._engine.read(REG.UC_X86_REG_RSI), leaving.halted()
+            if result != (LEFT, 1, 1, halts):
+                raise LookupError("leaving does not do what it should")
+        if self._run(_HLT, lambda: None, 1) or not leaving.halted():
+            raise LookupError("a run does not forget that the one before was left")
+
+    def _own(self) -> bytes:
+        return ctypes.string_at(self._engine.handle or 0, _SEARCHED)
+
+    def _read(self, address: int) -> bytes:
+        """Memory of ours that may not be there: read through the kernel, it cannot crash us."""
+        if address % 8 or not 1 << 12 <= address < 1 << 47:
+            return b""
+        try:
+            data = os.pread(self._process, _CPU_BYTES, address)
+        except OSError:
+            return b""
+        return data if len(data) == _CPU_BYTES else b""
+
+
+def _only(candidates: set[int]) -> int:
+    if len(candidates) != 1:
+        raise LookupError("a field was not found beyond doubt")
+    return candidates.pop()
