@@ -17,6 +17,7 @@ from vmm.cpu.engine import StopReason
 from vmm.cpu.native import load
 from vmm.machine import Machine
 from vmm.outcome import Ending
+from vmm.vcpu import WINDOW_SECONDS
 
 pytestmark = pytest.mark.skipif(
     not available() or load() is None or leaving._places() is None,
@@ -165,3 +166,17 @@ def test_machines_count_with_a_virtual_clock(clock: str) -> None:
         assert machine.run(budget=1000).ending is Ending.PAUSED
         assert machine.parts.cpu.counts
         assert machine.run(until="counter 5\n", timeout=20).ending is Ending.PAUSED
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_an_nmi_in_a_shadow_is_delivered_soon(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine(memory="16M", devices=(), clock=clock) as machine:
+        machine.boot(b"\xeb\xfe")  # for ever; there is no handler, so an NMI is a triple fault
+        answers, looks = iter([True]), []
+        events = machine.parts.events
+        look_within = events.look_within
+        monkeypatch.setattr(events, "look_within", lambda s: looks.append(s) or look_within(s))
+        monkeypatch.setattr(machine.parts.cpu, "in_shadow", lambda: next(answers, False))
+        machine.parts.board.irqchip.set_nmi(True)
+        assert machine.run(timeout=20).ending is Ending.CRASHED
+        assert looks == [WINDOW_SECONDS]

@@ -22,11 +22,11 @@ from vmm.outcome import Ending, Outcome
 
 UNLIMITED = 1 << 62
 """A budget that ends only when somebody kicks the CPU."""
-WINDOW_SECONDS = 30e-6
-"""The same where the CPU does not count."""
 WINDOW_FIRST = 256
 WINDOW_MAX = 16 << 10
 """Budgets, in bytes of code, while an interrupt waits for the guest to enable interrupts."""
+WINDOW_SECONDS = 30e-6
+"""The same for a CPU that does not count its code."""
 
 
 @dataclass
@@ -169,6 +169,7 @@ class VcpuLoop:
         self._slice = UNLIMITED
         if irqchip.nmi_pending() and cpu.in_shadow():
             self._slice = 1  # to behind the next instruction
+            self._events.look_within(WINDOW_SECONDS)
         elif irqchip.nmi_pending() and irqchip.take_nmi():
             self._delivered(cpu.inject_nmi())
         elif irqchip.pending():
@@ -176,7 +177,7 @@ class VcpuLoop:
         if self._outcome is None:
             if cpu.executed >= last or steps == 0:
                 self.stop(Outcome(Ending.PAUSED))
-            elif cpu.halted:
+            elif cpu.halted:  # a waiting interrupt that can be taken has woken it
                 self._halted()
         return self._outcome is not None
 
