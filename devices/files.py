@@ -26,12 +26,14 @@ class HostFile:
             same time, one that is read no writer; a directory is opened for reading in any case.
         read_only_if: an option of the model (true or false): if true, it is not writable.
         direct_if: the same: if true, open it with O_DIRECT.
+        unit: not 0: its size in bytes must be a multiple of this, and not 0.
     """
 
     directory: bool = False
     writable: bool = True
     read_only_if: str = ""
     direct_if: str = ""
+    unit: int = 0
 
 
 def host_files(options: type) -> dict[str, HostFile]:

@@ -13,7 +13,7 @@ from cli_rig import run
 from devices.errors import UserError
 from devices.registry import MODELS
 from vmm.cli import build_parser
-from vmm.cli.machine_file import DeviceTable, read_defaults
+from vmm.cli.machine_file import Table, read_defaults
 
 WHOLE = """
 image = "echo"
@@ -48,6 +48,9 @@ lane = "socket"
 model = "echo"
 name = "second"
 addr = 0xF00
+
+[[disk]]
+file = "root.img"
 """
 
 
@@ -70,8 +73,9 @@ def test_every_option_has_a_place(tmp_path: Path) -> None:
     assert (found["mode"], found["timeout"], found["deadline"]) == (64, 1.5, 2.0)
     assert found["module"] == ["a,b", "c"]
     (device,) = found["device"]
-    assert isinstance(device, DeviceTable)
+    assert isinstance(device, Table)
     assert device.values == {"model": "echo", "name": "second", "addr": 0xF00}
+    assert found["disk"][0].values == {"file": "root.img"}
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,9 @@ def _open(path: str, file: HostFile, options: object, where: str) -> int:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, OSError) and error.errno == errno.EINVAL and flags & os.O_DIRECT:
             reason = f"this file system has no O_DIRECT; leave {file.direct_if} off"
+        refused = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS)
+        if refused and writable and file.read_only_if and os.access(path, os.R_OK):
+            reason = f"{reason}; it can be read: give {file.read_only_if}=true"
         raise HostFileError(f"{where}: {reason}") from error
     try:
         _check(fd, file, writable, where)
@@ -71,6 +74,16 @@ def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise HostFileError(f"{where}: is neither a file nor a block device")
+    if file.unit:
+        # A block device has no size in its status.
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if not size:
+            raise HostFileError(f"{where}: is empty; make it larger, for example with truncate -s")
+        if size % file.unit:
+            raise HostFileError(
+                f"{where}: has {size} bytes, which is no multiple of {file.unit}; "
+                f"cut it or fill it up with truncate -s %{file.unit}"
+            )
     # The lock is that of the open file: the device's process holds it until it ends.
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)

@@ -63,13 +63,13 @@ class BlkOptions:
     """A disk.
 
     Attributes:
-        path: the raw image, or a block device. Its size is rounded down to whole sectors.
+        path: the raw image, or a block device, of whole sectors of 512 bytes.
         readonly: the guest cannot write to it.
         serial: of the disk, as the guest sees it, up to 20 characters.
         queues: how many request queues, 1 to 16.
     """
 
-    path: Annotated[str, HostFile(read_only_if="readonly")] = ""
+    path: Annotated[str, HostFile(read_only_if="readonly", unit=SECTOR)] = ""
     readonly: bool = False
     serial: str = ""
     queues: int = 1

@@ -9,9 +9,12 @@
     model = "echo"
     addr = 0xF00
 
+    [[disk]]
+    file = "root.img"
+
 A key is an option's name without the dashes; ``image`` is the guest. What may be repeated on the
-command line is a list, devices are tables or texts. The command line wins over the file, and adds
-to its lists. Paths are meant as on the command line.
+command line is a list; devices and disks are tables or texts. The command line wins over the file,
+and adds to its lists. Paths are meant as on the command line.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from vmm.cli.files import read_file
 _HEADER = re.compile(r"\s*\[+\s*\"?([\w-]+)")
 _KEY = re.compile(r"\s*\"?([\w-]+)\"?\s*[.=]")
 _NOT_IN_A_FILE = ("help", "config")
+TABLES = ("device", "disk")
+"""What may be given as a table: ``[[device]]``."""
 
 
 @dataclass(frozen=True)
-class DeviceTable:
-    """A device as a table of the file.
+class Table:
+    """A device or disk as a table of the file.
 
     Attributes:
         file: for messages.
@@ -81,9 +86,9 @@ def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
             near = difflib.get_close_matches(key, actions, 1)
             hint = f"; do you mean '{near[0]}'?" if near else f"; there are {', '.join(actions)}"
             raise UserError(f"{where}: there is no option '{key}'{hint}")
-        if key == "device" and isinstance(value, list):
-            found["device"] = [
-                DeviceTable(path, lines.of(key, index), lines.within(key, index), each)
+        if key in TABLES and isinstance(value, list):
+            found[key] = [
+                Table(path, lines.of(key, index), lines.within(key, index), each)
                 if isinstance(each, dict)
                 else _one(action, each, where)
                 for index, each in enumerate(value)

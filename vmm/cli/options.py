@@ -21,6 +21,7 @@ examples:
   python -m vmm boot code.bin --load-addr 0x7000 --mode 64 --timeout 10
   python -m vmm boot counter --snapshot snap --snapshot-at "count 100"
   python -m vmm boot guest.bin --device echo,addr=0xF00,name=second
+  python -m vmm boot vmlinuz --initrd initramfs.cpio.gz --disk root.img --append root=/dev/vda
   python -m vmm boot --config machine.toml
 """
 
@@ -122,6 +123,14 @@ def add_boot(commands: Any) -> None:
         action="append",
         default=[],
         help="one more device; every model takes name=, addr=, irq=, slot=, isolation=jail|none",
+    )
+    image.add_argument(
+        "--disk",
+        metavar="FILE[,OPTION=VALUE]...",
+        action="append",
+        default=[],
+        help="a disk, a raw image or block device: readonly, "
+        "serial=TEXT, queues=N, name=, slot=; may be repeated",
     )
     image.add_argument(
         "--no-default-devices",

@@ -9,8 +9,9 @@ from devices.errors import UserError
 from proxy.jail import JailMode
 from vmm.boot import firmware
 from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
+from vmm.cli.disks import disks
 from vmm.cli.files import read_file
-from vmm.cli.machine_file import DeviceTable
+from vmm.cli.machine_file import Table
 from vmm.cli.session import Session, SnapshotPlan
 from vmm.config import (
     ClockKind,
@@ -50,6 +51,7 @@ def boot(args: argparse.Namespace) -> int:
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
     for given in args.device:
         devices.append(_device(given, [device.name for device in devices]))
+    devices += disks(args.disk, [device.name for device in devices])
     config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock), len(rom))
     with Machine(config, host=_host_options(args)) as machine:
         if rom:
@@ -61,7 +63,7 @@ def boot(args: argparse.Namespace) -> int:
         return Session(machine, args, plan).run()
 
 
-def _device(given: str | DeviceTable, taken: list[str]) -> DeviceConfig:
+def _device(given: str | Table, taken: list[str]) -> DeviceConfig:
     if isinstance(given, str):
         return parse_device(given, taken)
     options = dict(given.values)

@@ -1,0 +1,123 @@
+"""``--disk`` and ``[[disk]]``: what they stand for, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+from cli_rig import run
+
+from devices.errors import UserError
+from vmm.cli.disks import disks
+from vmm.config import DeviceConfig
+
+SECTOR = 512
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(8 * SECTOR))
+    return path
+
+
+def test_a_disk_is_a_virtio_device() -> None:
+    assert disks(["a.img", "b.img,readonly,serial=x,queues=2,slot=7"], ["disk"]) == [
+        DeviceConfig("disk-2", "blk", {"path": "a.img"}),
+        DeviceConfig(
+            "disk-3",
+            "blk",
+            {"path": "b.img", "readonly": "true", "serial": "x", "queues": "2"},
+            slot="7",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("", "a disk needs a 'file'"),
+        ("a.img,b", "'b' is not option=value"),
+        ("a.img,if=floppy", "if=floppy is not one of virtio"),
+        ("a.img,file=b.img", "option 'file' is given twice"),
+        ("a.img,cache=none", "a disk has no option 'cache'; it has file, if, readonly"),
+        ("a.img,queues=17", "queues is 1 to 16"),
+        ("a.img,readonly=perhaps", "readonly=perhaps"),
+        ("a.img,serial=a-serial-that-is-too-long", "serial is at most 20"),
+        ("a.img,slot=two", "slot=two is not"),
+    ],
+)
+def test_what_is_wrong_with_one(text: str, about: str) -> None:
+    with pytest.raises(UserError, match="--disk") as caught:
+        disks([text], [])
+    assert about in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_guest_has_them(image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "a disk, with a comma"
+    other.write_bytes(bytes(SECTOR))
+    config = tmp_path / "machine.toml"
+    config.write_text(f'[[disk]]\nfile = "{other}"\nreadonly = true\nname = "second"\n')
+    status, out, err = run("boot", "--json", "--config", str(config), "--disk", str(image))
+    assert status == 0, err
+    said = json.loads(out)["output"]
+    assert said.count("1af4:1042 class 018000") == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "about"),
+    [
+        ('if = "virtio"\n', 1, "a disk needs a 'file'"),
+        ('file = "a.img"\nfiel = 3\n', 3, "a disk has no option 'fiel'"),
+        ('file = "a.img"\nqueues = 17\n', 3, "queues is 1 to 16"),
+        ('file = "a.img"\n\nif = "scsi"\n', 4, "if=scsi is not one of"),
+        ("file = 3\n", 2, "a disk needs a 'file'"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_its_line(
+    tmp_path: Path, table: str, line: int, about: str
+) -> None:
+    config = tmp_path / "machine.toml"
+    config.write_text(f"[[disk]]\n{table}")
+    status, _, err = run("boot", "--config", str(config))
+    assert status == 2
+    assert f"config {config}: line {line}: " in err.decode()
+    assert about in err.decode()
+    assert len(err.splitlines()) == 1
+
+
+def refused(*arguments: str) -> str:
+    status, _, err = run("boot", *arguments)
+    assert status == 2, err
+    (line,) = err.decode().splitlines()
+    return line
+
+
+def test_files_that_cannot_be_disks(image: Path, tmp_path: Path) -> None:
+    assert "No such file or directory" in refused("--disk", str(tmp_path / "gone"))
+    assert "is neither a file nor a block device" in refused("--disk", "/dev/null")
+    assert "is in use by another machine" in refused("--disk", str(image), "--disk", str(image))
+    os.truncate(image, 0)
+    assert "is empty" in refused("--disk", str(image))
+    os.truncate(image, SECTOR + 1)
+    assert "has 513 bytes, which is no multiple of 512" in refused("--disk", str(image))
+
+
+@pytest.mark.skipif(not os.getuid(), reason="root may do everything")
+def test_a_file_without_permission(image: Path) -> None:
+    image.chmod(0o400)
+    assert "Permission denied; it can be read: give readonly=true" in refused("--disk", str(image))
+    image.chmod(0)
+    assert refused("--disk", str(image)).endswith("Permission denied")
+
+
+def test_readers_share_a_disk(image: Path) -> None:
+    with image.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert "is in use by another machine" in refused("--disk", str(image))
+        status, _, err = run("boot", "--disk", f"{image},readonly", "--disk", f"{image},readonly")
+        assert status == 0, err
