@@ -32,6 +32,7 @@ timeout = 1.5
 snapshot = "snap"
 snapshot-at = "end"
 snapshot-then = "quit"
+snapshot-disks = "none"
 json = true
 debug-console = "stderr"
 screen = true

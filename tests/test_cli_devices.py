@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -173,6 +174,57 @@ def test_wrong_usage(arguments: list[str], complaint: str) -> None:
     assert (status, out) == (2, b"")
     assert err.count(b"\n") == 1, err
     assert complaint in err.decode()
+
+
+def test_a_bad_place_for_a_snapshot_is_told_before_the_guest_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "notes").write_text("precious")
+    for place, complaint in (
+        ("none/saved", "No such file or directory"),
+        ("file", "exists and is not a snapshot"),
+        ("file/saved", "Not a directory"),
+        ("project", "exists and is not a snapshot"),
+        ("/proc/saved", "No such file or directory"),
+    ):
+        for when in (["--snapshot-at", "end"], []):
+            status, out, err = run(
+                *("boot", "hello", "--snapshot", place, *when), cwd=tmp_path, env=environment()
+            )
+            assert (status, out) == (2, b""), place
+            assert err.count(b"\n") == 1, err
+            assert complaint in err.decode()
+            assert err.startswith(b"vmm: snapshot ")
+    assert sorted(os.listdir(tmp_path)) == ["file", "project"]
+    # The place of the escape menu, which nobody asked for, is no reason to refuse.
+    (tmp_path / "vmm-snapshot").write_text("precious")
+    status, out, _ = run("boot", "hello", cwd=tmp_path, env=environment())
+    assert (status, out) == (0, b"Hello from the guest!\n")
+
+
+def test_disks_in_snapshots(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(b"disk" * 1024)
+    boot = ["boot", "hello", "--device", "blk,path=disk.img", "--snapshot-at", "end"]
+    for keeping, line in (
+        ("copy", b"vmm: disk blk.path: 0.0 MiB copied in "),
+        ("none", b"vmm: disk blk.path: left out; a restore needs disk.img as it is now\n"),
+    ):
+        more = ["--snapshot", keeping, "--snapshot-disks", keeping]
+        status, _, err = run(*boot, *more, cwd=tmp_path, env=environment())
+        assert status == 0
+        # A host that clones says "cloned".
+        assert line.split(b"0.0")[0] in err.replace(b"\r", b""), err
+        for how, note in (("private", True), ("original", False)):
+            status, _, err = run("restore", keeping, "--disks", how, cwd=tmp_path)
+            assert status == 0, err
+            assert (b"ends with this machine" in err) == note
+    (tmp_path / "disk.img").touch()
+    for arguments in (["none"], ["copy", "--disks", "original"]):
+        status, _, err = run("restore", *arguments, cwd=tmp_path)
+        assert status == 2
+        assert err.count(b"\n") == 1, err
+        assert b"path=disk.img: has changed since the snapshot" in err
+    assert run("restore", "copy", cwd=tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize("seconds", ["3e6", "1e10", "1e300"])

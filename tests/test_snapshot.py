@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from snapshot_rig import rewrite
 
 import guests
 from devices.errors import DeviceError, UserError
@@ -317,20 +318,9 @@ def test_a_damaged_file_is_named(copy: Path, name: str, harm: str) -> None:
         Machine.restore(copy)
 
 
-def _rewrite(place: Path, change: Callable[[dict[str, object]], None], version: int = 1) -> None:
-    """A manifest that is changed but has a right checksum."""
-    import hashlib
-
-    envelope = json.loads((place / "manifest.json").read_text())
-    change(envelope["body"])
-    body = json.dumps(envelope["body"]).encode()
-    head = f'{{"format": {version}, "sha256": "{hashlib.sha256(body).hexdigest()}", "body": '
-    (place / "manifest.json").write_bytes(head.encode() + body + b"}")
-
-
 def test_a_newer_format_is_refused(copy: Path) -> None:
-    _rewrite(copy, lambda body: None, version=2)
-    with pytest.raises(UserError, match=r"format 2.*update"):
+    rewrite(copy, lambda body: None, version=3)
+    with pytest.raises(UserError, match=r"format 3.*update"):
         Machine.restore(copy)
 
 
@@ -361,7 +351,7 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
 def test_a_manifest_that_lies(
     copy: Path, change: Callable[[dict[str, object]], None], complaint: str
 ) -> None:
-    _rewrite(copy, change)
+    rewrite(copy, change)
     with pytest.raises(UserError, match=complaint):
         Machine.restore(copy)
 
@@ -373,7 +363,7 @@ def _replace_file(place: Path, name: str, value: object) -> None:
     data = json.dumps(value).encode()
     (place / name).write_bytes(data)
     entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    _rewrite(place, lambda body: body["files"].update({name: entry}))  # type: ignore[attr-defined]
+    rewrite(place, lambda body: body["files"].update({name: entry}))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from snapshot_rig import rewrite
 
 from devices.bus import BusType
 from devices.contract import Device, DeviceHost, Region
@@ -42,14 +43,6 @@ def copy(good: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def _rewrite(place: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    envelope = json.loads((place / "manifest.json").read_text())
-    change(envelope["body"])
-    body = json.dumps(envelope["body"]).encode()
-    head = f'{{"format": 1, "sha256": "{hashlib.sha256(body).hexdigest()}", "body": '
-    (place / "manifest.json").write_bytes(head.encode() + body + b"}")
-
-
 def _device(body: dict[str, Any], name: str) -> dict[str, Any]:
     return next(d for d in body["config"]["devices"] if d["name"] == name)
 
@@ -58,7 +51,7 @@ def _replace_state(place: Path, name: str, value: object) -> None:
     data = json.dumps(value).encode()
     (place / name).write_bytes(data)
     entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    _rewrite(place, lambda body: body["files"].update({name: entry}))
+    rewrite(place, lambda body: body["files"].update({name: entry}))
 
 
 # What a snapshot may replace.
@@ -236,7 +229,7 @@ def test_a_snapshot_does_not_choose_what_is_imported(
     monkeypatch.syspath_prepend(copy.parent)
     monkeypatch.delitem(sys.modules, "evil_model", raising=False)
     change = {"model": "evil_model:Evil", "isolated": isolated}
-    _rewrite(copy, lambda body: _device(body, "echo").update(change))
+    rewrite(copy, lambda body: _device(body, "echo").update(change))
     with pytest.raises(UserError, match=r"'echo'.*evil_model:Evil.*--allow-model"):
         Machine.restore(copy, jail=jail)
     assert not (copy.parent / "imported").exists()
@@ -295,7 +288,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
 def test_a_snapshot_cannot_switch_off_the_jail_silently(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _rewrite(copy, lambda body: _device(body, "echo").update({"isolated": False}))
+    rewrite(copy, lambda body: _device(body, "echo").update({"isolated": False}))
     with Machine.restore(copy) as machine:
         assert "'echo'" in machine.parts.jail_line
     monkeypatch.setattr("proxy.jail.plan.JailPlan.check", lambda self: None)
@@ -306,7 +299,7 @@ def test_a_snapshot_cannot_switch_off_the_jail_silently(
 def test_another_engine_is_said(copy: Path, good: Path) -> None:
     with Machine.restore(good) as machine:
         assert not [text for _, text in machine.parts.wiring.log_lines if "unicorn" in text]
-    _rewrite(copy, lambda body: body.update({"engine": "unicorn 1.0.0"}))
+    rewrite(copy, lambda body: body.update({"engine": "unicorn 1.0.0"}))
     with Machine.restore(copy) as machine:
         assert [text for _, text in machine.parts.wiring.log_lines if "unicorn 1.0.0" in text]
         assert machine.run(timeout=30).ending is Ending.HALTED
@@ -362,7 +355,7 @@ def test_a_bottomless_state_is_an_error_of_the_snapshot(copy: Path) -> None:
     data = b"[" * 100_000 + b"]" * 100_000
     (copy / "devices" / "echo.json").write_bytes(data)
     entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    _rewrite(copy, lambda body: body["files"].update({"devices/echo.json": entry}))
+    rewrite(copy, lambda body: body["files"].update({"devices/echo.json": entry}))
     with pytest.raises(UserError, match=r"devices/echo.json"):
         Machine.restore(copy)
 

@@ -119,13 +119,24 @@ def test_a_snapshot_amid_writes(isolated: bool, image: Path, tmp_path: Path) -> 
         outcome = machine.run(until=b"round 3\r", timeout=100)
         assert outcome.ending is Ending.PAUSED, outcome
         machine.run(timeout=0.05)
-        machine.snapshot(tmp_path / "saved")
-    with Machine.restore(tmp_path / "saved") as machine:
+        machine.snapshot(tmp_path / "early")
+        assert machine.run(until=b"round 5\r", timeout=100).ending is Ending.PAUSED
+        machine.snapshot(tmp_path / "late")
+
+    def finish(machine: Machine) -> None:
         shell = Shell(machine)
         shell.wait()
         sums = set(re.findall(r"\b[0-9a-f]{40}\b", shell.ask("sha1sum /x /m/*")))
         assert len(sums) == 1
         shell.ask("umount /m")
+
+    for n in range(2):  # from an old disk, whatever became of the file since
+        with Machine.restore(tmp_path / "early") as machine:
+            finish(machine)
+            machine.snapshot(tmp_path / f"end-{n}")
+        check(tmp_path / f"end-{n}" / "disks" / "blk.path")
+    with Machine.restore(tmp_path / "late", disks="original") as machine:
+        finish(machine)
     check(image)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ from proxy.jail import JailMode, JailUnavailable
 from proxy.tube import close_all
 from proxy.warden import Start, Warden
 from vmm.config import ClockKind, DeviceConfig, HostOptions, MachineConfig
-from vmm.host_files import open_files
+from vmm.host_files import HostFiles
 from vmm.local import DeviceFactory, ModelFactory
 
 DEBUG_EXIT = "debug-exit"
@@ -28,17 +26,18 @@ class Children:
         warden: their parent; it is there even if there is none.
         starts: by device name.
         jail_line: what a user must be told about their jails; "" if all is well.
-        files: by device name: what each descriptor that it was given is, by option.
     """
 
     warden: Warden
     starts: Mapping[str, Start]
     jail_line: str
-    files: Mapping[str, Mapping[str, str]]
 
 
 def order_children(
-    config: MachineConfig, host: HostOptions, factories: Mapping[str, DeviceFactory]
+    config: MachineConfig,
+    host: HostOptions,
+    factories: Mapping[str, DeviceFactory],
+    host_files: HostFiles,
 ) -> Children:
     """Fork the warden and have all isolated devices started.
 
@@ -66,10 +65,9 @@ def order_children(
                 f"jail: none for {unjailed} (isolation=none): no process of their own, "
                 "all the rights of this user"
             )
-        starts, files = {}, {}
+        starts = {}
         for device in isolated:
-            fds = files_for(device, factories.get(device.name))
-            files[device.name] = {option: _what(fd) for option, fd in fds.items()}
+            fds = files_for(device, factories.get(device.name), host_files)
             try:
                 starts[device.name] = warden.order(
                     device.name,
@@ -85,7 +83,7 @@ def order_children(
     except BaseException:
         warden.close()
         raise
-    return Children(warden, starts, "\n".join(line for line in lines if line), files)
+    return Children(warden, starts, "\n".join(line for line in lines if line))
 
 
 def model_of(device: DeviceConfig, factory: DeviceFactory | None) -> type[Device] | None:
@@ -95,22 +93,18 @@ def model_of(device: DeviceConfig, factory: DeviceFactory | None) -> type[Device
     return registry.load(device.model) if factory is None else None
 
 
-def files_for(device: DeviceConfig, factory: DeviceFactory | None) -> dict[str, int]:
-    """See `open_files`."""
+def files_for(
+    device: DeviceConfig, factory: DeviceFactory | None, host_files: HostFiles
+) -> dict[str, int]:
+    """See `HostFiles.open`."""
     kind = model_of(device, factory)
-    return {} if kind is None else open_files(device, kind)
+    return {} if kind is None else host_files.open(device, kind)
 
 
 def may_map_memory(device: DeviceConfig, factory: DeviceFactory | None) -> bool:
     """Whether the device's process may have guest memory, whatever it says itself."""
     kind = model_of(device, factory)
     return kind is None or kind.dma
-
-
-def _what(fd: int) -> str:
-    """A descriptor in words: what it is of, and for what it is open."""
-    rights = ("read", "write", "read and write")[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
-    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
 
 
 def _without_process(config: MachineConfig) -> str:

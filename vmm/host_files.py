@@ -1,53 +1,250 @@
-"""Opening the files that devices' options name: see `devices.files`."""
+"""The files of the host that devices' options name (`devices.files`), from start to snapshot.
+
+They are opened and checked here, because a device's process can open nothing. The machine keeps a
+descriptor of its own, for reading, to save what a device wrote: a snapshot has the content of every
+file that a device can write, so that memory and disk fit together however often it is restored, and
+of all others it has the reference. A directory is only ever a reference.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 from devices import registry
 from devices.contract import Device
 from devices.errors import UserError
 from devices.files import HostFile, host_files
 from proxy.tube import close_all
+from vmm import disks
 from vmm.config import DeviceConfig
+from vmm.snapshot import FileIdentity, SavedDisk
+
+_EXPLAIN = {
+    errno.ENOSPC: "; --snapshot-disks none leaves the content of disks out",
+    errno.EFBIG: "; --snapshot-disks none leaves the content of disks out",
+}
 
 
 class HostFileError(UserError):
     """A file that a device needs is not there, not what it must be, or not to be had."""
 
 
-def open_files(device: DeviceConfig, kind: type[Device]) -> dict[str, int]:
-    """The descriptors for a device, by option; the caller owns them.
+class DiskKeeping(enum.StrEnum):
+    """What a snapshot keeps of files that devices write: their content, or where they are."""
 
-    Raises:
-        HostFileError: one cannot be opened, is of the wrong kind, or is in use by somebody else.
+    COPY = "copy"
+    NONE = "none"
+
+
+class DiskUse(enum.StrEnum):
+    """On what disks a restored machine runs.
+
+    PRIVATE: on copies of what the snapshot has, which end with the machine, so that it can be
+    restored any number of times, also side by side. ORIGINAL: on the files themselves, which must
+    still be as they were then.
     """
-    wanted = host_files(kind.Options)
-    if not wanted:
-        return {}
-    options = registry.parse_options(kind, device.options)
-    opened: dict[str, int] = {}
+
+    PRIVATE = "private"
+    ORIGINAL = "original"
+
+
+DiskProgress = Callable[[str, int, int], None]
+"""Called with a disk's name, bytes done and their total every now and then; may raise to end it."""
+
+
+@dataclass
+class _Used:
+    """A file that a device has: the machine's descriptor of it, for reading."""
+
+    name: str
+    path: str
+    fd: int
+    writable: bool
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """What a snapshot has of the files of its machine.
+
+    Attributes:
+        snapshot: its directory.
+        disks: by name, what its manifest says.
+        use: what the restored machine gets.
+        progress: hears of what takes time.
+    """
+
+    snapshot: Path
+    disks: Mapping[str, SavedDisk]
+    use: DiskUse
+    progress: DiskProgress = lambda _name, _done, _of: None
+
+
+class HostFiles:
+    """The files that the devices of one machine use.
+
+    Args:
+        saved: None: the machine does not come from a snapshot.
+
+    Attributes:
+        notes: lines for the user on what the guest's disks are.
+        held: by device name: each option with what its descriptor is, in words.
+    """
+
+    def __init__(self, saved: SavedFiles | None = None) -> None:
+        self.notes: list[str] = []
+        self.held: dict[str, list[str]] = {}
+        self._saved = saved
+        self._used: list[_Used] = []
+
+    def open(self, device: DeviceConfig, kind: type[Device]) -> dict[str, int]:
+        """The descriptors for a device, by option; the caller owns them.
+
+        Raises:
+            HostFileError: one cannot be opened, is of the wrong kind, is in use by somebody else,
+                or is not what the snapshot says.
+        """
+        wanted = host_files(kind.Options)
+        if not wanted:
+            return {}
+        options = registry.parse_options(kind, device.options)
+        opened: dict[str, int] = {}
+        try:
+            for option, file in wanted.items():
+                path = getattr(options, option)
+                if path:
+                    where = f"device '{device.name}': {option.replace('_', '-')}={path}"
+                    flags = _flags(file, options)
+                    name = f"{device.name}.{option}"
+                    opened[option] = self._open(name, path, file, flags, where)
+        except BaseException as error:
+            close_all(list(opened.values()))
+            if self._saved is not None and isinstance(error, HostFileError):
+                raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
+            raise
+        self.held[device.name] = [f"{option} ({_what(fd)})" for option, fd in opened.items()]
+        return opened
+
+    def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
+        if file.directory:
+            return _open(path, file, flags, where)
+        used = _Used(name, path, -1, flags & os.O_ACCMODE != os.O_RDONLY)
+        record = None
+        if self._saved is not None:
+            record = self._saved.disks.get(name)
+            if record is None:
+                raise HostFileError(f"{where}: the snapshot says nothing of it")
+            used.private = used.writable and self._saved.use is DiskUse.PRIVATE
+        if used.private:
+            fd = self._private(used, file, flags, where)
+        else:
+            fd = _open(path, file, flags, where)
+        try:
+            if record is not None and not used.private:
+                _check_unchanged(fd, record, where)
+            used.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._used.append(used)
+        return fd
+
+    def _private(self, used: _Used, file: HostFile, flags: int, where: str) -> int:
+        """A file of this machine's own with the content that the disk had."""
+        assert self._saved is not None
+        record = self._saved.disks[used.name]
+        if record.copy is None:
+            source = _open(used.path, file, flags & ~os.O_ACCMODE & ~os.O_DIRECT, where)
+            beside = Path(used.path).parent
+        else:
+            beside = self._saved.snapshot / "disks"
+            source = _open_copy(beside / used.name, where)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, source)
+            if record.copy is None:
+                _check_unchanged(source, record, where)
+            else:
+                _check_copy(source, record, f"{where}: {beside / used.name}")
+            try:
+                target = disks.private_file(beside)
+                stack.callback(os.close, target)
+                tell = partial(self._saved.progress, used.name)
+                how = disks.transfer(source, target, tell, digested=False)
+                own = flags & (os.O_ACCMODE | os.O_DIRECT | os.O_CLOEXEC)
+                fd = os.open(f"/proc/self/fd/{target}", own)
+            except OSError as error:
+                raise HostFileError(f"{where}: its private copy: {error.strerror}") from error
+        end = "what the guest writes there ends with this machine"
+        self.notes.append(f"disk {used.name}: {how} from the snapshot; {end}")
+        return fd
+
+    def keep(
+        self, directory: Path, keeping: DiskKeeping, progress: DiskProgress
+    ) -> tuple[dict[str, SavedDisk], list[str]]:
+        """Save what a snapshot keeps of the files, while the devices are asleep.
+
+        Returns:
+            What to say of each in the manifest, by name, and in words to the user.
+
+        Raises:
+            HostFileError: one cannot be kept.
+        """
+        found, lines = {}, []
+        for used in self._used:
+            where = f"disk {used.name} ({used.path})"
+            try:
+                found[used.name], text = _keep(used, directory, keeping, progress)
+            except OSError as error:
+                reason = f"{error.strerror or error}{_EXPLAIN.get(error.errno or 0, '')}"
+                raise HostFileError(f"{where}: {reason}") from error
+            lines.append(f"disk {used.name}: {text}")
+        return found, lines
+
+    def close(self) -> None:
+        """Release the machine's own descriptors; harmless when repeated."""
+        used, self._used = self._used, []
+        close_all([each.fd for each in used])
+
+
+def _keep(
+    used: _Used, directory: Path, keeping: DiskKeeping, progress: DiskProgress
+) -> tuple[SavedDisk, str]:
+    original = FileIdentity.of(used.fd)
+    if not used.writable:
+        return SavedDisk(original), f"read-only; a restore needs {used.path} as it is"
+    if keeping is DiskKeeping.NONE:
+        if used.private:
+            raise OSError(errno.EINVAL, "it ends with this machine: only a snapshot can keep it")
+        return SavedDisk(original), f"left out; a restore needs {used.path} as it is now"
+    fd = os.open(directory / used.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        for name, file in wanted.items():
-            path = getattr(options, name)
-            if path:
-                where = f"device '{device.name}': {name.replace('_', '-')}={path}"
-                opened[name] = _open(path, file, options, where)
-    except BaseException:
-        close_all(list(opened.values()))
-        raise
-    return opened
+        how = disks.transfer(used.fd, fd, partial(progress, used.name))
+        os.fsync(fd)
+        return SavedDisk(original, FileIdentity.of(fd), how.sha256), str(how)
+    finally:
+        os.close(fd)
 
 
-def _open(path: str, file: HostFile, options: object, where: str) -> int:
+def _flags(file: HostFile, options: object) -> int:
     writable = file.writable and not (file.read_only_if and getattr(options, file.read_only_if))
     flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # a FIFO must not make us wait
     flags |= os.O_RDWR if writable and not file.directory else os.O_RDONLY
     if file.direct_if and getattr(options, file.direct_if):
         flags |= os.O_DIRECT
+    return flags
+
+
+def _open(path: str, file: HostFile, flags: int, where: str) -> int:
     try:
         fd = os.open(path, flags)
     except (OSError, ValueError) as error:
@@ -59,7 +256,7 @@ def _open(path: str, file: HostFile, options: object, where: str) -> int:
             reason = f"{reason}; it can be read: give {file.read_only_if}=true"
         raise HostFileError(f"{where}: {reason}") from error
     try:
-        _check(fd, file, writable, where)
+        _check(fd, file, flags & os.O_ACCMODE != os.O_RDONLY, where)
     except BaseException:
         os.close(fd)
         raise
@@ -92,3 +289,66 @@ def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
         raise HostFileError(f"{where}: is in use by another machine; end that{mend}") from error
     except OSError:
         pass  # a file system without locks
+
+
+def _what(fd: int) -> str:
+    """A descriptor in words: what it is of, and for what it is open."""
+    rights = ("read", "write", "read and write")[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
+    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
+
+
+# What a snapshot says of a file.
+
+
+def _check_unchanged(fd: int, record: SavedDisk, where: str) -> None:
+    here = FileIdentity.of(fd)
+    if here == record.original:
+        return
+    mend = "; the snapshot has the content: leave --disks original out"
+    raise HostFileError(
+        f"{where}: has changed since the snapshot: {_words(record.original)} then, "
+        f"{_words(here)} now{mend if record.copy else ''}"
+    )
+
+
+def _open_copy(path: Path, where: str) -> int:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise HostFileError(f"{where}: {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise HostFileError(f"{where}: {path}: is not a file")
+    return fd
+
+
+def _check_copy(fd: int, record: SavedDisk, where: str) -> None:
+    """Untouched by size and time; a copy of the snapshot with other times, by its content."""
+    here = FileIdentity.of(fd)
+    assert record.copy is not None
+    if here == record.copy:
+        return
+    if here.size != record.copy.size:
+        raise HostFileError(f"{where} has {here.size} bytes instead of {record.copy.size}")
+    if not record.sha256:
+        raise HostFileError(
+            f"{where} was written {_time(here)} and not {_time(record.copy)}, as the snapshot "
+            "says: copy snapshots with their times (cp -a)"
+        )
+    if disks.digest(fd) != record.sha256:
+        raise HostFileError(f"{where} is damaged: its checksum does not match")
+
+
+def _words(identity: FileIdentity) -> str:
+    written = f", written {_time(identity)}" if identity.written else ""
+    return f"{identity.size} bytes{written}"
+
+
+def _time(identity: FileIdentity) -> str:
+    seconds, rest = divmod(identity.written, 1_000_000_000)
+    try:
+        text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return f"at {identity.written} ns"
+    return f"{text}.{rest:09} UTC"

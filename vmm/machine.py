@@ -11,7 +11,6 @@ Everything here happens on the thread that calls `run` (the vCPU thread).
 
 from __future__ import annotations
 
-import itertools
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,12 +24,9 @@ from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.jail import JailMode
 from vmm import post, saving, sources
 from vmm import snapshot as snapshots
-from vmm.boot import firmware
-from vmm.boot.loader import load
 from vmm.boot.options import BootOptions, BootResult
 from vmm.config import (
     DEFAULT_MEMORY,
-    NAME,
     ClockKind,
     DeviceConfig,
     HostOptions,
@@ -41,16 +37,13 @@ from vmm.config import (
 )
 from vmm.console import ConsoleBuffer
 from vmm.events import FAR
-from vmm.host_files import HostFileError
+from vmm.host_files import DiskKeeping, DiskProgress, DiskUse, HostFiles, SavedFiles
 from vmm.interrupt import noted_signals
 from vmm.local import DeviceFactory
-from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
 from vmm.vcpu import UNLIMITED
 
-KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
-"""Formats that look for the board's tables; others may use that memory as they like."""
 TIMEOUT_GRACE = 1.0
 SIGNAL_GRACE = 0.2
 """Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
@@ -98,7 +91,6 @@ class Machine:
         self._signal = 0
         self._factories: dict[str, DeviceFactory] = {}
         self._parts: Parts | None = None
-        self._loaded: BootResult | None = None
         self._closed = False
 
     # Shape.
@@ -134,11 +126,7 @@ class Machine:
             raise UserError("devices can be added only before the machine is built")
         text, factory = sources.model_and_factory(model, options)
         if name is None:
-            taken = {device.name for device in self.config.devices}
-            base = text.rpartition(":")[2].rpartition(".")[2].lower()
-            base = base if NAME.fullmatch(base) else "device"
-            numbered = (f"{base}-{n}" for n in itertools.count(2))
-            name = next(n for n in itertools.chain([base], numbered) if n not in taken)
+            name = sources.free_name(text, {device.name for device in self.config.devices})
         device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit)
         self.config = replace(self.config, devices=(*self.config.devices, device))
         if factory is not None:
@@ -154,7 +142,7 @@ class Machine:
         """
         self._build()
 
-    def _build(self, meanwhile: Callable[[GuestMemory], None] = lambda _: None) -> None:
+    def _build(self, **more: Any) -> None:
         if self._closed:
             raise UserError("this machine is closed")
         if self._parts is None:
@@ -164,7 +152,7 @@ class Machine:
                 self._factories,
                 self.console,
                 self._between_slices,
-                meanwhile=meanwhile,
+                **more,
             )
 
     @property
@@ -186,17 +174,7 @@ class Machine:
         Raises:
             UserError: the image or the options; see `vmm.boot.loader.load`.
         """
-        data, options = sources.read_image(image, options)
-        parts = self.parts
-        rsdp = post.root_pointer(parts.memory)
-        result = load(parts.memory, data, replace(options, rsdp=rsdp))
-        if result.format in KERNELS:
-            post.write_tables(parts.memory)
-        post.set_up_pci(parts)
-        parts.cpu.set_state(result.state)
-        parts.symbols = result.symbols
-        self._loaded = result
-        return result
+        return post.start(self.parts, *sources.read_image(image, options))
 
     def boot_firmware(self, rom: bytes, name: str = "firmware") -> BootResult:
         """Start at the reset vector of a firmware ROM; ``config.rom`` must be its size.
@@ -204,10 +182,7 @@ class Machine:
         Raises:
             UserError: it is not that, or no ROM.
         """
-        result = firmware.load(self.parts.memory, rom, name)
-        self.parts.cpu.set_state(result.state)
-        self._loaded = result
-        return result
+        return post.start_firmware(self.parts, rom, name)
 
     def run(
         self,
@@ -257,7 +232,8 @@ class Machine:
             if timer is not None:
                 timer.cancel()
         outcome = vcpu.take_outcome()
-        if self._signal == signal.SIGINT:
+        number, self._signal = self._signal, 0
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
         return outcome.with_panic(self.console.output)
 
@@ -320,14 +296,33 @@ class Machine:
         """
         self.parts.resume()
 
-    def snapshot(self, path: str | Path) -> None:
+    def snapshot(
+        self,
+        path: str | Path,
+        *,
+        disks: DiskKeeping | str = DiskKeeping.COPY,
+        progress: DiskProgress = lambda _name, _done, _of: None,
+    ) -> list[str]:
         """Save the whole machine as a directory (see `vmm.snapshot`); the guest can go on.
+
+        Args:
+            disks: "copy" keeps the content of disks that the guest can write, "none" does not.
+            progress: called with a disk's name, bytes done and their total while that goes on.
+
+        Returns:
+            What became of each disk, in words.
 
         Raises:
             DeviceError: a device cannot be saved; nothing was written and the guest can go on.
-            UserError: the directory cannot be written.
+            UserError: the directory cannot be written, or a disk not be kept.
         """
-        saving.save(self.parts, Path(path))
+
+        def go_on(name: str, done: int, total: int) -> None:
+            if self._signal:
+                raise UserError(f"snapshot {path}: {signal.Signals(self._signal).name}")
+            progress(name, done, total)
+
+        return saving.save(self.parts, Path(path), choice(DiskKeeping, disks, "disks"), go_on)
 
     @classmethod
     def restore(
@@ -338,6 +333,8 @@ class Machine:
         jail: JailMode | str | None = None,
         factories: Mapping[str, DeviceFactory | type[Device]] | None = None,
         models: Iterable[str | type[Device]] = (),
+        disks: DiskUse | str = DiskUse.PRIVATE,
+        progress: DiskProgress = lambda _name, _done, _of: None,
     ) -> Machine:
         """A machine that goes on where a snapshot was taken, with devices newly forked.
 
@@ -345,25 +342,29 @@ class Machine:
             factories: for devices that were added as a function: the function, by device name.
             models: models that are not vmm's own and that the snapshot may have, as classes or as
                 "package.module:Class"; their code is trusted.
+            disks: "private" gives the machine copies of its own of the disks as they were; with
+                "original" it goes on with the files themselves, if nobody wrote to them since.
+            progress: as for `snapshot`.
 
         Raises:
             UserError: the snapshot is damaged, of a newer format, does not fit, has a model that
-                was not named, a state that its device refuses, or a file that is gone.
+                was not named, a state that its device refuses, or a file that is gone or changed.
             DeviceError: a device that does not come up.
         """
         path = Path(path)
-        config = snapshots.load_manifest(path).config
-        machine = cls(config, host=host, jail=jail)
-        machine._factories = sources.trusted_factories(config, factories or {}, models)
+        manifest = snapshots.load_manifest(path)
+        use = choice(DiskUse, disks, "disks")
+        machine = cls(manifest.config, host=host, jail=jail)
+        machine._factories = sources.trusted_factories(machine.config, factories or {}, models)
         saved: list[snapshots.Snapshot] = []
         try:
-            machine._build(lambda memory: saved.append(snapshots.load(path, memory)))
+            machine._build(
+                meanwhile=lambda memory: saved.append(snapshots.load(path, memory)),
+                host_files=HostFiles(SavedFiles(path, manifest.disks, use, progress)),
+            )
             saving.take_up(machine.parts, saved[0], path)
-        except BaseException as error:
+        except BaseException:
             machine.close()
-            if isinstance(error, HostFileError):
-                text = f"snapshot {path} needs what is not there: {error}"
-                raise HostFileError(text) from error
             raise
         return machine
 

@@ -25,6 +25,7 @@ from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOpti
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
 from vmm.events import FAR, EventLoop, Timer
+from vmm.host_files import HostFiles
 from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending, Outcome
@@ -53,8 +54,8 @@ class Parts:
         factories: for devices that are not made from a model's name.
         console: of the device named "serial".
         between: see `VcpuLoop`.
-        meanwhile: called once while the device processes start; for what takes time and needs
-            only the memory.
+        meanwhile: called once while devices start; for what takes time and needs only memory.
+        host_files: where devices' files come from.
 
     Raises:
         UserError: the configuration, or a jail that cannot be had.
@@ -70,7 +71,9 @@ class Parts:
         between: Callable[[], None],
         *,
         meanwhile: Callable[[GuestMemory], None] = lambda _: None,
+        host_files: HostFiles | None = None,
     ) -> None:
+        self.host_files = host_files or HostFiles()
         self.config = config
         self.host = host
         self.symbols: list[tuple[int, int, str]] = []
@@ -85,6 +88,7 @@ class Parts:
         """What a run that comes after that must end with."""
         self._look: Timer | None = None
         self._stack = ExitStack()
+        self._stack.callback(self.host_files.close)
         try:
             self._build(factories, between, meanwhile)
         except BaseException as error:
@@ -99,9 +103,8 @@ class Parts:
         between: Callable[[], None],
         meanwhile: Callable[[GuestMemory], None],
     ) -> None:
-        children = order_children(self.config, self.host, factories)
+        children = order_children(self.config, self.host, factories, self.host_files)
         self.warden, self.jail_line = children.warden, children.jail_line
-        self.files = children.files
         self._stack.callback(self.warden.close)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
@@ -202,7 +205,7 @@ class Parts:
 
     def _attach_local(self, device: DeviceConfig, factory: DeviceFactory | None) -> None:
         virtual = self.config.clock is ClockKind.VIRTUAL
-        fds = files_for(device, factory)
+        fds = files_for(device, factory, self.host_files)
         self._stack.callback(close_all, list(fds.values()))
         host = LocalHost(device.name, self.wiring, fds, finish_work=virtual)
         local = build_local(device, host, factory)

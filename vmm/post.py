@@ -5,8 +5,13 @@ The name is the firmware's own: power-on self-test.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from devices.bus import BusType
+from vmm.boot import firmware
 from vmm.boot.boot_params import LOW_MEMORY_END
+from vmm.boot.loader import load
+from vmm.boot.options import BootOptions, BootResult
 from vmm.firmware.acpi import place_tables
 from vmm.firmware.mptable import ADDRESS as MPTABLE_ADDRESS
 from vmm.firmware.mptable import build_mptable
@@ -17,6 +22,36 @@ from vmm.pc import platform_of
 BDA_EBDA_SEGMENT, BDA_MEMORY_KIB = 0x40E, 0x413
 ELCR_HIGH = 0x4D1
 """Edge/level control of IRQ 8 to 15: firmware makes the lines that PCI uses level-triggered."""
+
+
+KERNELS = frozenset({"linux-bzimage", "linux-vmlinux", "pvh", "multiboot"})
+"""Formats that look for the board's tables; others may use that memory as they like."""
+
+
+def start(parts: Parts, image: bytes, options: BootOptions) -> BootResult:
+    """Load a guest, and do for it what firmware would have done.
+
+    Raises:
+        UserError: see `vmm.boot.loader.load`.
+    """
+    result = load(parts.memory, image, replace(options, rsdp=root_pointer(parts.memory)))
+    if result.format in KERNELS:
+        write_tables(parts.memory)
+    set_up_pci(parts)
+    parts.cpu.set_state(result.state)
+    parts.symbols = result.symbols
+    return result
+
+
+def start_firmware(parts: Parts, rom: bytes, name: str) -> BootResult:
+    """Load a firmware ROM: it does all that itself.
+
+    Raises:
+        UserError: it is no ROM, or not of the size that the machine has room for.
+    """
+    result = firmware.load(parts.memory, rom, name)
+    parts.cpu.set_state(result.state)
+    return result
 
 
 def root_pointer(memory: GuestMemory) -> int:

@@ -9,18 +9,38 @@ from devices.errors import DeviceError, DeviceFailure, UserError
 from vmm import snapshot as snapshots
 from vmm.config import difference
 from vmm.cpu.library import VERSION
+from vmm.host_files import DiskKeeping, DiskProgress
 from vmm.parts import Parts
+from vmm.snapshot import SavedDisk
 
 _ENGINE = f"unicorn {VERSION}"
 
 
-def save(parts: Parts, path: Path) -> None:
+def save(
+    parts: Parts,
+    path: Path,
+    keeping: DiskKeeping = DiskKeeping.COPY,
+    progress: DiskProgress = lambda _name, _done, _of: None,
+) -> list[str]:
     """Save everything as the directory `path`; the machine goes on as it was.
+
+    Args:
+        keeping: what is kept of disks; `progress` hears of it.
+
+    Returns:
+        What became of each disk, in words.
 
     Raises:
         DeviceError: a device cannot be saved; nothing was written.
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be written, or a disk not be kept.
     """
+    lines: list[str] = []
+
+    def keep_disks(directory: Path) -> dict[str, SavedDisk]:
+        found, text = parts.host_files.keep(directory, keeping, progress)
+        lines.extend(text)
+        return found
+
     was_suspended = parts.vcpu.suspended
     parts.suspend()
     try:
@@ -34,10 +54,11 @@ def save(parts: Parts, path: Path) -> None:
             window=replace(parts.vcpu.window),
             console=snapshots.ConsoleState(parts.console.pending),
         )
-        snapshots.save(path, saved, parts.memory)
+        snapshots.save(path, saved, parts.memory, keep_disks)
     finally:
         if not was_suspended:
             parts.resume()
+    return lines
 
 
 def take_up(parts: Parts, saved: snapshots.Snapshot, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from devices import registry
 from devices.contract import Device, DeviceHost
 from devices.errors import UserError
 from vmm.boot.options import BootOptions, Mode
-from vmm.config import MachineConfig
+from vmm.config import NAME, MachineConfig
 from vmm.local import DeviceFactory, ModelFactory
 
 
@@ -34,6 +35,14 @@ def model_and_factory(
         raise UserError("options are for a model; a function knows its own")
     name = getattr(model, "__qualname__", type(model).__qualname__)
     return f"{getattr(model, '__module__', '')}:{name}", model
+
+
+def free_name(model: str, taken: Collection[str]) -> str:
+    """A name for a device of this model that is not among `taken`."""
+    base = model.rpartition(":")[2].rpartition(".")[2].lower()
+    base = base if NAME.fullmatch(base) else "device"
+    numbered = (f"{base}-{n}" for n in itertools.count(2))
+    return next(n for n in itertools.chain([base], numbered) if n not in taken)
 
 
 def factory_of(given: type[Device] | Callable[[DeviceHost], Device]) -> DeviceFactory:

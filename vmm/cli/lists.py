@@ -84,7 +84,7 @@ def jail(args: argparse.Namespace) -> int:
             proxy.name: rights_of(
                 policy_for(parts.wiring.attached[proxy.name].config.model),
                 reports[proxy.name],
-                [f"{option} ({what})" for option, what in parts.files.get(proxy.name, {}).items()],
+                parts.host_files.held.get(proxy.name, []),
                 parts.memory.size if proxy.maps_memory else 0,
             )
             for proxy in parts.proxies

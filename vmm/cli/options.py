@@ -155,6 +155,13 @@ def add_restore(commands: Any) -> None:
         default=[],
         help="a device model that is not vmm's own and whose code may be run; may be repeated",
     )
+    parser.add_argument(
+        "--disks",
+        choices=("private", "original"),
+        default="private",
+        help="private: on copies of the disks as they were, which end with the run; original: go "
+        "on with the files themselves, if nobody wrote to them since (default: private)",
+    )
     _add_run_options(parser)
     parser.set_defaults(run=_restore)
 
@@ -184,6 +191,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         choices=("continue", "quit"),
         default="continue",
         help="what the run does after --snapshot-at (default: continue)",
+    )
+    run.add_argument(
+        "--snapshot-disks",
+        choices=("copy", "none"),
+        default="copy",
+        help="whether a snapshot has the content of disks that the guest can write, or only says "
+        "which they are (default: copy)",
     )
     run.add_argument(
         "--json",

@@ -37,6 +37,19 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def disk_progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """For what goes on with disks: a line each second."""
+    told = monotonic()
+
+    def progress(name: str, done: int, total: int) -> None:
+        nonlocal told
+        if monotonic() - told >= 1:
+            told = monotonic()
+            say(f"disk {name}: {done >> 20} of {total >> 20} MiB")
+
+    return progress
+
+
 class _Writer:
     """The queue and the thread of one place."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from devices.errors import UserError
 from proxy.jail import JailMode
@@ -12,6 +13,7 @@ from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
 from vmm.cli.disks import disks
 from vmm.cli.files import read_file
 from vmm.cli.machine_file import Table
+from vmm.cli.output import clean, disk_progress
 from vmm.cli.session import Session, SnapshotPlan
 from vmm.config import (
     ClockKind,
@@ -81,9 +83,21 @@ def restore(args: argparse.Namespace) -> int:
     """``python -m vmm restore``."""
     plan = SnapshotPlan.parse(args)
     with Machine.restore(
-        args.directory, host=_host_options(args), models=args.allow_model
+        args.directory,
+        host=_host_options(args),
+        models=args.allow_model,
+        disks=args.disks,
+        progress=disk_progress(_say_nothing if args.json else _say),
     ) as machine:
         return Session(machine, args, plan).run()
+
+
+def _say(text: str) -> None:
+    print(f"vmm: {clean(text)}", file=sys.stderr, flush=True)
+
+
+def _say_nothing(_text: str) -> None:
+    pass
 
 
 def _unless_default(options: BootOptions, name: str) -> BootOptions | None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from devices.errors import DeviceError, UserError
 from vmm.cli.aids import UnclaimedTrace, read_symbols
 from vmm.cli.files import read_file
-from vmm.cli.output import Outputs, clean
+from vmm.cli.output import Outputs, clean, disk_progress
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE
+from vmm.snapshot import check_place
 from vmm.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ GRACE = 0.7
 class SnapshotPlan:
     """What ``--snapshot`` and ``--snapshot-at`` ask for."""
 
-    def __init__(self, path: Path, when: str | float | None, text: bytes, quit_after: bool) -> None:
+    def __init__(
+        self, path: Path, when: str | float | None, text: bytes, quit_after: bool, disks: str
+    ) -> None:
         self.path = path
+        self.disks = disks
         self.when = when
         """None, "end", "text" or seconds."""
         self.text = text
@@ -60,7 +64,9 @@ class SnapshotPlan:
                 text = given.removeprefix("text:").encode("utf-8", "surrogateescape")
                 if not text:
                     raise UserError("--snapshot-at: the text to wait for is empty") from None
-        return cls(path, when, text, args.snapshot_then == "quit")
+        if when is not None or args.snapshot is not None:
+            check_place(path)
+        return cls(path, when, text, args.snapshot_then == "quit", args.snapshot_disks)
 
     def missed(self) -> str:
         """Why there is no snapshot after a run that ended in order."""
@@ -104,8 +110,8 @@ class Session:
 
     def _run(self) -> int:
         machine, parts = self.machine, self.machine.parts
-        if parts.jail_line and not self.args.json:
-            self.say(parts.jail_line)
+        if not self.args.json:
+            self.say("\n".join([parts.jail_line, *parts.host_files.notes]).strip())
         parts.wiring.log_sink = None if self.args.json else self._log
         terminal = self._connect_serial()
         self._connect_debug_console()
@@ -270,10 +276,17 @@ class Session:
         self.machine.parts.request_attention()
 
     def _take_snapshot(self) -> None:
-        self.machine.snapshot(self.plan.path)
+        lines = self._write_snapshot()
         self._snapshot_taken = True
         if not self.args.json:
-            self.say(f"snapshot written to {self.plan.path}")
+            self.say("\n".join(lines))
+
+    def _write_snapshot(self) -> list[str]:
+        """Take it; lines on what was done."""
+        path = self.plan.path
+        tell = disk_progress((lambda _: None) if self.args.json else self.say)
+        lines = self.machine.snapshot(path, disks=self.plan.disks, progress=tell)
+        return [*lines, f"snapshot written to {path}"]
 
     # The escape menu.
 
@@ -294,10 +307,10 @@ class Session:
 
     def write_snapshot(self) -> str:
         try:
-            self.machine.snapshot(self.plan.path)
+            lines = self._write_snapshot()
         except (UserError, DeviceError) as error:
             return f"no snapshot: {error}"
-        return f"snapshot written to {self.plan.path}; python -m vmm restore {self.plan.path}"
+        return "\n".join(lines) + f"; python -m vmm restore {self.plan.path}"
 
     def status(self) -> str:
         from vmm.cli.stats import status_lines
