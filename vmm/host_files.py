@@ -245,6 +245,7 @@ def _flags(file: HostFile, options: object) -> int:
 
 
 def _open(path: str, file: HostFile, flags: int, where: str) -> int:
+    writable = flags & os.O_ACCMODE != os.O_RDONLY
     try:
         fd = os.open(path, flags)
     except (OSError, ValueError) as error:
@@ -256,7 +257,7 @@ def _open(path: str, file: HostFile, flags: int, where: str) -> int:
             reason = f"{reason}; it can be read: give {file.read_only_if}=true"
         raise HostFileError(f"{where}: {reason}") from error
     try:
-        _check(fd, file, flags & os.O_ACCMODE != os.O_RDONLY, where)
+        _check(fd, file, writable, where)
     except BaseException:
         os.close(fd)
         raise
