@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -21,7 +22,8 @@ class ProxyEvents(Protocol):
 
     def msi(self, name: str, address: int, data: int) -> None: ...
 
-    def wrote_pages(self, name: str, first: int, count: int) -> None: ...
+    def wrote_pages(self, name: str, runs: Sequence[tuple[int, int]]) -> None:
+        """It wrote pages of guest memory: runs of them, (number of the first, how many)."""
 
     def want_turn(self, name: str) -> None:
         """The device asks for a turn: see `ProxyDevice.sync`."""

@@ -294,8 +294,7 @@ class Link:
             case m.Msi(data, address):
                 events.msi(name, address, data)
             case m.WrotePages(runs):
-                for first, count in runs:
-                    events.wrote_pages(name, first, count)
+                events.wrote_pages(name, runs)
             case m.WantTurn():
                 events.want_turn(name)
             case m.Output(data):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,8 +113,9 @@ class Upcalls:
     def msi(self, name: str, address: int, data: int) -> None:
         self.host.send_msi(address, data)
 
-    def wrote_pages(self, name: str, first: int, count: int) -> None:
-        self.host.wrote_pages(first, count)
+    def wrote_pages(self, name: str, runs: Sequence[tuple[int, int]]) -> None:
+        for run in runs:
+            self.host.wrote_pages(*run)
 
     def want_turn(self, name: str) -> None:
         self.host.calls.append(("want_turn",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -36,8 +36,8 @@ class Recorder:
     def msi(self, name: str, address: int, data: int) -> None:
         self.seen.append(("msi", address, data))
 
-    def wrote_pages(self, name: str, first: int, count: int) -> None:
-        self.seen.append(("pages", first, count))
+    def wrote_pages(self, name: str, runs: Sequence[tuple[int, int]]) -> None:
+        self.seen += [("pages", *run) for run in runs]
 
     def want_turn(self, name: str) -> None:
         self.seen.append(("turn",))

@@ -61,11 +61,10 @@ class LocalHost:
         self._events.msi(self._name, address, data)
 
     def wrote_pages(self, first: int, count: int) -> None:
-        self._events.wrote_pages(self._name, first, count)
+        self._wrote_runs([(first, count)])
 
     def _wrote_runs(self, runs: Sequence[tuple[int, int]]) -> None:
-        for first, count in runs:
-            self.wrote_pages(first, count)
+        self._events.wrote_pages(self._name, runs)
 
     def output(self, data: bytes) -> None:
         self._events.output(self._name, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from devices.errors import DeviceFailure
@@ -110,8 +110,8 @@ class Wiring:
         self.lost_msis += 1
         self.log(name, f"MSI {data:#x} to {address:#x} is lost: {reason}")
 
-    def wrote_pages(self, name: str, first: int, count: int) -> None:
-        self.cpu.invalidate(first << 12, count << 12)
+    def wrote_pages(self, name: str, runs: Sequence[tuple[int, int]]) -> None:
+        self.cpu.invalidate_pages(runs)
 
     def want_turn(self, name: str) -> None:
         self.turn_wanted(name)

@@ -75,12 +75,13 @@ class SplitRing:
         chain = Chain(self._memory, head)
         table, entries, index = self._table, self._state.size, head
         left, in_indirect = entries, False
+        add, unpack = chain.add, _DESC.unpack_from
         while True:
             if index >= entries:
                 raise RingError(f"there is no descriptor {index}, only {entries}")
             if not left:
                 raise RingError("a descriptor chain loops or is longer than the queue")
-            address, length, flags, following = _DESC.unpack_from(table, DESC_SIZE * index)
+            address, length, flags, following = unpack(table, DESC_SIZE * index)
             if flags & F_INDIRECT:
                 # 2.7.5.3: ends the chain proper; its write flag means nothing.
                 if in_indirect:
@@ -91,7 +92,7 @@ class SplitRing:
                 in_indirect, index = True, 0
                 continue
             left -= 1
-            chain.add(address, length, bool(flags & F_WRITE))
+            add(address, length, flags & F_WRITE)
             if not flags & F_NEXT:
                 return chain
             index = following

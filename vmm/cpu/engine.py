@@ -14,7 +14,7 @@ failure ends the run, and `run` raises it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from devices.bus import Bus
 from vmm.cpu.accelerator import accelerate, available
@@ -338,7 +338,12 @@ class Cpu:
 
         May be called between runs and in bus callbacks. Parts that are not RAM are ignored.
         """
-        invalidate(self._context, self._regions, address, length)
+        invalidate(self._context, self._regions, ((address, address + length),))
+
+    def invalidate_pages(self, runs: Sequence[tuple[int, int]]) -> None:
+        """The same for runs of pages of 4 KiB: (number of the first, how many)."""
+        ranges = [(first << 12, first + count << 12) for first, count in runs]
+        invalidate(self._context, self._regions, ranges)
 
 
 def _leaving(engine: Engine) -> Leaving | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vmm.cpu.context import CR0_PG, F_AC, Context
 from vmm.cpu.layout import H_CPL, H_LMA, H_SMAP
@@ -11,8 +11,12 @@ _ALIAS = 1 << 63
 """Upper half of addresses that no guest uses."""
 
 
-def invalidate(context: Context, ram: Iterable[tuple[int, int]], address: int, length: int) -> None:
-    """Forget code that was translated from the parts of the range that are RAM (2 us).
+Ranges = Iterable[tuple[int, int]]
+"""(start, end) each."""
+
+
+def invalidate(context: Context, ram: Sequence[tuple[int, int]], ranges: Ranges) -> None:
+    """Forget code that was translated from the parts of the ranges that are RAM (2 us).
 
     The library takes virtual addresses only, and skips what the guest cannot execute now. So for
     the time of the call the CPU has paging off and 64-bit addresses, of which bit 63 does
@@ -29,9 +33,11 @@ def invalidate(context: Context, ram: Iterable[tuple[int, int]], address: int, l
     words[at.hflags_w] = hidden & ~H_CPL | H_LMA | H_SMAP
     words[at.eflags_w] = flags & ~F_AC
     context.restore()
-    for start, end in ram:
-        first, last = max(start, address), min(end, address + length)
-        if first < last:
-            context.engine.remove_translations(_ALIAS | first, (_ALIAS | first) + last - first)
+    remove = context.engine.remove_translations
+    for begin, past in ranges:
+        for start, end in ram:
+            first, last = max(start, begin), min(end, past)
+            if first < last:
+                remove(_ALIAS | first, (_ALIAS | first) + last - first)
     longs[at.cr], words[at.hflags_w], words[at.eflags_w] = cr0, hidden, flags
     context.restore()
