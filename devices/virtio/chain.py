@@ -132,7 +132,7 @@ class Chain:
         self.written += length
 
     def _spans(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(address, length) of these bytes of the room; requests have hundreds, so this is quick."""
+        """(address, length) of these bytes of the room. Quick: requests have hundreds."""
         spans: list[tuple[int, int]] = []
         for address, there in self._places:
             if offset >= there:

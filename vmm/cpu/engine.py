@@ -22,7 +22,7 @@ from vmm.cpu.access import install_cpuid, install_io, install_tsc
 from vmm.cpu.budget import NO_LIMIT, Budget
 from vmm.cpu.context import F_IF, NONE, Context
 from vmm.cpu.layout import H_SHADOW
-from vmm.cpu.leaving import LEFT, Leaving
+from vmm.cpu.leaving import LEFT, Leaving, places
 from vmm.cpu.library import REG, Engine
 from vmm.cpu.live import hidden_flags
 from vmm.cpu.paging import Linear, Physical
@@ -347,7 +347,5 @@ class Cpu:
 
 
 def _leaving(engine: Engine) -> Leaving | None:
-    try:
-        return Leaving(engine)
-    except LookupError:
-        return None
+    found = places()
+    return None if found is None else Leaving(engine, found)

@@ -10,11 +10,10 @@ mapped (where a read is then tried again by the next run); then it ends the run,
 
 A run that is left may have executed HLT in that moment, which a further field tells.
 
-The library has no call for any of these fields, so they are looked for by experiment, as all
-private fields are, and then must pass a trial. Where one is not found beyond doubt, or on a build
-that cannot be accelerated, there is no leaving and blocks are counted (see `budget`).
+These fields are found by experiment (see `laboratory`). Where they are not, or on a build that
+cannot be accelerated, there is no leaving and blocks are counted (see `budget`).
 
-Source of what is looked for: struct uc_struct, CPUState and cpu_exit of Unicorn 2.1.
+Source of what is looked for: cpu_exit and tcg_cpu_exec of Unicorn 2.1.
 """
 
 from __future__ import annotations
@@ -22,21 +21,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmm.cpu.accelerator import accelerate, available
+from vmm.cpu.laboratory import Laboratory, cpu_of, only
 from vmm.cpu.library import REG, CpuidCallback, Engine, OutCallback, memory_of
 
 LEFT = 0x1EF7
 """What a run returns that was left; the library's own error codes are small numbers."""
 
-_SEARCHED = 4096
-"""Bytes of the engine's structure that are looked at."""
-_CPU_BYTES = 48 << 10
-"""Bytes of the CPU's structure; it begins with a cache of 4096 pointers."""
 _MARK = 0x5A17_ED5A_17ED_0CB5
 _HALTS = (True, False, True, True, False, False, True, False)
 _WRITE_UNMAPPED, _WRITE_PROTECTED = 7, 12  # UC_ERR_WRITE_UNMAPPED, UC_ERR_WRITE_PROT
@@ -71,24 +66,14 @@ class Places:
 
 
 class Leaving:
-    """The fields of one engine.
+    """The fields of one engine, at these places."""
 
-    Raises:
-        LookupError: this build of the library does not show them.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        places = _places()
-        if places is None or engine.handle is None:
-            raise LookupError("the engine's private fields were not found")
-        self._take(engine.handle, places)
-
-    def _take(self, handle: int, places: Places) -> None:
-        cpu = ctypes.c_uint64.from_address(handle + places.cpu).value
-        self._error = ctypes.c_uint32.from_address(handle + places.error)
-        self._halted = ctypes.c_uint32.from_address(cpu + places.halted)
-        self._flags = [ctypes.c_uint8.from_address(cpu + place) for place in places.flags]
-        self._count = ctypes.c_int16.from_address(cpu + places.count)
+    def __init__(self, engine: Engine, at: Places) -> None:
+        cpu = cpu_of(engine, at.cpu)
+        self._error = ctypes.c_uint32.from_address((engine.handle or 0) + at.error)
+        self._halted = ctypes.c_uint32.from_address(cpu + at.halted)
+        self._flags = [ctypes.c_uint8.from_address(cpu + place) for place in at.flags]
+        self._count = ctypes.c_int16.from_address(cpu + at.count)
 
     def leave(self) -> None:
         """From any thread: let the run that goes on return LEFT before its next block.
@@ -105,33 +90,29 @@ class Leaving:
         """Whether the last run ended by HLT."""
         return self._halted.value != 0
 
-    @classmethod
-    def at(cls, engine: Engine, places: Places) -> Leaving:
-        """The same at places that are still on trial."""
-        leaving = cls.__new__(cls)
-        leaving._take(engine.handle or 0, places)
-        return leaving
-
 
 @functools.cache
-def _places() -> Places | None:
+def places() -> Places | None:
     """Where the fields are; None: not where it is certain."""
     if not available():
         return None
-    with _Laboratory() as laboratory:
-        return laboratory.search()
+    try:
+        laboratory = _Laboratory()
+        with laboratory:
+            return laboratory.search()
+    except (LookupError, OSError):
+        return None
 
 
-class _Laboratory:
-    """An engine to experiment with."""
+class _Laboratory(Laboratory):
+    """Runs the programs above."""
 
     def __init__(self) -> None:
-        self._engine = engine = Engine()
-        self._process = os.open("/proc/self/mem", os.O_RDONLY)
+        super().__init__()
         self._memory = mmap.mmap(-1, 0x20000)
         self._on_access: Callable[[], object] = lambda: None
         self._cpuids = 0
-        address = memory_of(self._memory)
+        engine, address = self.engine, memory_of(self._memory)
         engine.map_ram(0, _READ_ONLY, address)
         engine.map_ram(_READ_ONLY, 0x1000, address, writable=False)
         accelerate(engine, True)
@@ -140,13 +121,6 @@ class _Laboratory:
         for start, code in _PROGRAMS.items():
             data = bytes.fromhex(code)
             self._memory[start : start + len(data)] = data
-
-    def __enter__(self) -> _Laboratory:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._engine.close()
-        os.close(self._process)
 
     def _out(self, *_access: int) -> None:
         self._on_access()
@@ -158,30 +132,19 @@ class _Laboratory:
     def _run(self, program: int, on_access: Callable[[], object], ends: int) -> int:
         """Run a program; LookupError if it does not end `ends` bytes behind its start."""
         self._on_access = on_access
-        code = self._engine.start(program)
-        if self._engine.read(REG.UC_X86_REG_RIP) != program + ends:
+        code = self.engine.start(program)
+        if self.engine.read(REG.UC_X86_REG_RIP) != program + ends:
             raise LookupError("the engine does not stop where it should")
         return code
 
-    def search(self) -> Places | None:
-        try:
-            pointer, cpu = self._find_cpu()
-            halted = self._find_halted(cpu)
-            flags, count = self._find_flags(cpu)
-            places = Places(pointer, self._find_error(), halted, flags, count)
-            self._try(Leaving.at(self._engine, places))
-        except (LookupError, OSError):
-            return None
-        return places
-
-    def _find_cpu(self) -> tuple[int, int]:
-        """Among what the engine points to, the structure that holds the CPU's registers."""
-        self._engine.write(REG.UC_X86_REG_RBX, _MARK)
-        mark = struct.pack("<Q", _MARK)
-        for offset, (address,) in enumerate(struct.iter_unpack("<Q", self._own())):
-            if mark in self._read(address):
-                return 8 * offset, address
-        raise LookupError("the engine does not point to its CPU")
+    def search(self) -> Places:
+        self.engine.write(REG.UC_X86_REG_RBX, _MARK)
+        pointer, cpu, _ = self.find_cpu(struct.pack("<Q", _MARK))
+        halted = self._find_halted(cpu)
+        flags, count = self._find_flags(cpu)
+        found = Places(pointer, self._find_error(), halted, flags, count)
+        self._try(Leaving(self.engine, found))
+        return found
 
     def _find_halted(self, cpu: int) -> int:
         """The word that is 1 after each run that ended by HLT and 0 after each that did not."""
@@ -190,25 +153,25 @@ class _Laboratory:
             if halts:
                 self._run(_HLT, lambda: None, 1)
             else:
-                self._run(_ACCESS, self._engine.stop, 4)
-            words = memoryview(self._read(cpu)).cast("I")
-            matching = {at for at, word in enumerate(words) if word == halts}
-            candidates = matching if candidates is None else candidates & matching
-        return 4 * _only(candidates or set())
+                self._run(_ACCESS, self.engine.stop, 4)
+            candidates = _matching(self.read(cpu), int(halts), candidates)
+        return 4 * only(candidates or set())
 
     def _find_flags(self, cpu: int) -> tuple[tuple[int, ...], int]:
         """What a stop changes in the CPU's structure: one or two flags and half of a counter."""
         seen: list[bytes] = []
 
         def stop() -> None:
-            seen.append(self._read(cpu))
-            self._engine.stop()
-            seen.append(self._read(cpu))
+            seen.append(self.read(cpu))
+            self.engine.stop()
+            seen.append(self.read(cpu))
 
         self._run(_ACCESS, stop, 4)
         before, after = seen
         changed = {
-            at: (before[at], after[at]) for at in range(_CPU_BYTES) if before[at] != after[at]
+            at: (old, new)
+            for at, (old, new) in enumerate(zip(before, after, strict=True))
+            if old != new
         }
         flags = [at for at, change in changed.items() if change == (0, 1)]
         count = [at for at, change in changed.items() if change == (0, 0xFF)]
@@ -226,15 +189,13 @@ class _Laboratory:
             (_UNMAPPED + 0x1000, _WRITE_UNMAPPED),
         ):
             seen: list[bytes] = []
-            self._engine.write(REG.UC_X86_REG_RDI, target)
-            self._on_access = lambda seen=seen: seen.append(self._own())  # type: ignore[misc]
-            self._engine.start(_STORE)
+            self.engine.write(REG.UC_X86_REG_RDI, target)
+            self._on_access = lambda seen=seen: seen.append(self.own())  # type: ignore[misc]
+            self.engine.start(_STORE)
             if len(seen) != 1:
                 raise LookupError("a failed store does not let its block go on")
-            words = memoryview(seen[0]).cast("I")
-            matching = {at for at, word in enumerate(words) if word == error}
-            candidates = matching if candidates is None else candidates & matching
-        return 4 * _only(candidates or set())
+            candidates = _matching(seen[0], error, candidates)
+        return 4 * only(candidates or set())
 
     def _try(self, leaving: Leaving) -> None:
         """The rest of the block runs, with its hooks; the run ends behind it, and HLT is told."""
@@ -244,29 +205,16 @@ class _Laboratory:
             (_LEAVE, 9, False),
         ):
             self._cpuids = 0
-            self._engine.write(REG.UC_X86_REG_RSI, 0)
+            self.engine.write(REG.UC_X86_REG_RSI, 0)
             code = self._run(program, leaving.leave, ends)
-            result = code, self._cpuids, self._engine.read(REG.UC_X86_REG_RSI), leaving.halted()
+            result = code, self._cpuids, self.engine.read(REG.UC_X86_REG_RSI), leaving.halted()
             if result != (LEFT, 1, 1, halts):
                 raise LookupError("leaving does not do what it should")
         if self._run(_HLT, lambda: None, 1) or not leaving.halted():
             raise LookupError("a run does not forget that the one before was left")
 
-    def _own(self) -> bytes:
-        return ctypes.string_at(self._engine.handle or 0, _SEARCHED)
 
-    def _read(self, address: int) -> bytes:
-        """Memory of ours that may not be there: read through the kernel, it cannot crash us."""
-        if address % 8 or not 1 << 12 <= address < 1 << 47:
-            return b""
-        try:
-            data = os.pread(self._process, _CPU_BYTES, address)
-        except OSError:
-            return b""
-        return data if len(data) == _CPU_BYTES else b""
-
-
-def _only(candidates: set[int]) -> int:
-    if len(candidates) != 1:
-        raise LookupError("a field was not found beyond doubt")
-    return candidates.pop()
+def _matching(data: bytes, value: int, candidates: set[int] | None) -> set[int]:
+    """The words that have this value, of the candidates if there were any before."""
+    matching = {at for at, word in enumerate(memoryview(data).cast("I")) if word == value}
+    return matching if candidates is None else candidates & matching
