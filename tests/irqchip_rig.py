@@ -108,7 +108,8 @@ class Board(LapicGuest):
         self.clock = FakeClock()
         self.kicks = 0
         self.inits = 0
-        self.chip = IrqChip(FakeHost(), self.clock, on_pending=self._kick, on_init=self._init)
+        self.chip = IrqChip(FakeHost(), self.clock, on_init=self._init)
+        self.chip.on_pending = self._kick
         self.apic = self.chip.lapic
         self.ports = self.chip.pic.handlers()
 

@@ -161,7 +161,6 @@ class Parts:
             events=BoardEvents(
                 power_off=lambda: self._guest_ends(Outcome(Ending.POWERED_OFF)),
                 reset=lambda: self._guest_ends(Outcome(Ending.RESET)),
-                interrupt=self.cpu.kick,
                 a20=self.cpu.set_a20,
                 pci_fault=self._pci_fault,
             ),

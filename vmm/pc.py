@@ -66,14 +66,12 @@ class BoardEvents:
     Attributes:
         power_off: the guest switched itself off.
         reset: the guest asked for a reset.
-        interrupt: an interrupt or NMI begins to wait for the CPU.
         a20: the A20 gate was opened or closed.
         pci_fault: (owner, text): a PCI device said what the guest did not ask for.
     """
 
     power_off: Callable[[], None]
     reset: Callable[[], None]
-    interrupt: Callable[[], None]
     a20: Callable[[bool], None]
     pci_fault: Callable[[str, str], None]
 
@@ -98,9 +96,7 @@ class Board:
         def host(name: str) -> LocalHost:
             return LocalHost(name, wiring, {})
 
-        self.irqchip = IrqChip(
-            host("irqchip"), clock, on_pending=events.interrupt, on_init=events.reset
-        )
+        self.irqchip = IrqChip(host("irqchip"), clock, on_init=events.reset)
         gate = A20Gate(events.a20)
         reset_control = ResetControl(host("reset"), reset=events.reset)
         self.pci = PciRoot(

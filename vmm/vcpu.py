@@ -92,6 +92,9 @@ class VcpuLoop:
         self._crash_report = crash_report
         self._outcome: Outcome | None = None
         self.window = InterruptWindow()
+        self._waits = False
+        cpu.deliver_by(self._taken)
+        irqchip.on_pending, irqchip.on_withdrawn = self._interrupt_waits, cpu.interrupt_withdrawn
 
     def stop(self, outcome: Outcome) -> None:
         """End the run with `outcome` as soon as the guest is between two instructions.
@@ -136,7 +139,7 @@ class VcpuLoop:
                 stats.slices += 1
                 began = perf_counter()
                 if steps is None:
-                    stop = cpu.run(self._budget(last))
+                    stop = cpu.run(self._budget(last), interrupt=self._waits)
                 else:
                     stop = cpu.step(1)
                     steps -= 1
@@ -166,7 +169,7 @@ class VcpuLoop:
             self._wait()
             return False
         self._clock.resume()  # a suspend, also that of a snapshot, has stopped it
-        self._slice = UNLIMITED
+        self._slice, self._waits = UNLIMITED, False
         if irqchip.nmi_pending() and cpu.in_shadow():
             self._slice = 1  # to behind the next instruction
             self._events.look_within(WINDOW_SECONDS)
@@ -193,13 +196,15 @@ class VcpuLoop:
 
         When to look again is a count of executed bytes and not "when the loop comes by": with a
         virtual clock the guest must be interrupted at the same instruction however often the
-        machine is stopped in between. A CPU that does not count is looked at by the clock.
+        machine is stopped in between. A CPU that does not count delivers it by itself, or is looked
+        at by the clock.
         """
         cpu, window = self._cpu, self.window
         if not cpu.counts:
             if cpu.interruptible():
                 self._deliver_interrupt()
-            if self._irqchip.pending():
+            self._waits = self._irqchip.pending()
+            if self._waits and not cpu.delivers:
                 self._events.look_within(WINDOW_SECONDS)
         elif not cpu.halted and cpu.executed < window.look_at:
             self._slice = window.look_at - cpu.executed
@@ -214,9 +219,24 @@ class VcpuLoop:
             window.look_at = cpu.executed + window.size
             window.size = min(window.size * 2, WINDOW_MAX)
 
+    def _interrupt_waits(self) -> None:
+        """An interrupt or NMI begins to wait, perhaps in the middle of an access."""
+        if self._irqchip.nmi_pending() or not self._cpu.interrupt_waits():
+            self._cpu.kick()
+
     def _deliver_interrupt(self) -> None:
+        self._delivered(self._cpu.inject(self._acknowledge()))
+
+    def _acknowledge(self) -> int:
         self.stats.interrupts += 1
-        self._delivered(self._cpu.inject(self._irqchip.acknowledge()))
+        return self._irqchip.acknowledge()
+
+    def _taken(self) -> int:
+        """The guest takes an interrupt in the middle of a run."""
+        vector = self._acknowledge()
+        if self._irqchip.pending():
+            self._cpu.kick()  # there is another one, which nothing announces
+        return vector
 
     def _delivered(self, stop: Stop | None) -> None:
         if stop is not None:

@@ -36,9 +36,12 @@ class IrqChip:
     """Owns and connects `pic`, `ioapic` and `lapic`; the vCPU loop asks it for interrupts.
 
     Args:
+        on_init: called when the guest sent an INIT to its own CPU.
+
+    Attributes:
         on_pending: called when an interrupt or NMI begins to wait for the CPU, also from within an
             access of the guest; it may kick the CPU, not run it.
-        on_init: called when the guest sent an INIT to its own CPU.
+        on_withdrawn: called when no interrupt waits any more, not only because it was acknowledged.
     """
 
     def __init__(
@@ -46,12 +49,12 @@ class IrqChip:
         host: DeviceHost,
         clock: Clock,
         *,
-        on_pending: Callable[[], None] = _nobody,
         on_init: Callable[[], None] = _nobody,
     ) -> None:
         self._pending = False
         self._nmi_seen = False
-        self._on_pending = on_pending
+        self.on_pending: Callable[[], None] = _nobody
+        self.on_withdrawn: Callable[[], None] = _nobody
         self.lapic = LocalApic(
             host,
             clock,
@@ -152,4 +155,6 @@ class IrqChip:
         was, self._pending = self._pending, self.lapic.request >= 0 or self._extint()
         saw, self._nmi_seen = self._nmi_seen, self.lapic.state.nmi
         if (self._pending and not was) or (self._nmi_seen and not saw):
-            self._on_pending()
+            self.on_pending()
+        elif was and not self._pending:
+            self.on_withdrawn()

@@ -31,6 +31,7 @@ from vmm.cpu.state import CpuState
 from vmm.cpu.stop import Stop, StopReason
 from vmm.cpu.translations import invalidate
 from vmm.cpu.traps import EXCEPTION_COST, Traps
+from vmm.cpu.virq import Virq, fields
 from vmm.memory import GuestMemory
 
 __all__ = ["EXCEPTION_COST", "STEP_COST", "Cpu", "Stop", "StopReason"]
@@ -81,6 +82,7 @@ class Cpu:
         self._requested = False
         self._running = False
         self._stepping = False
+        self._virq: Virq | None = None
         self._regions = [(region.start, region.end) for region in memory.regions]
         self._engine = engine = Engine()
         for region in memory.regions:
@@ -141,7 +143,7 @@ class Cpu:
     def count(self) -> None:
         """Count executed bytes from now on; between runs."""
         if not self.counts:
-            self._leaving = None
+            self._leaving = self._virq = None
             self._budget.count()
             self._engine.flush_translations()
 
@@ -161,15 +163,26 @@ class Cpu:
 
     # Running.
 
-    def run(self, budget: int | None = None) -> Stop:
+    def run(self, budget: int | None = None, *, interrupt: bool = False) -> Stop:
         """Run until about `budget` bytes of code were executed or something else stops the CPU.
 
         A stop by budget or `kick` falls on the start of a block: no instruction is run twice or
         skipped. The last block may overdraw the budget by its own size (less than 4 KiB).
+
+        Args:
+            interrupt: an interrupt waits that the guest does not take yet; see `delivers`.
         """
         if budget is not None:
             self.count()
-        return self._run(NO_LIMIT if budget is None else budget, 0)
+        virq = self._virq
+        if virq is None:
+            return self._run(NO_LIMIT if budget is None else budget, 0)
+        if interrupt:
+            virq.arm()
+        try:
+            return self._run(NO_LIMIT, 0)
+        finally:
+            virq.disarm()
 
     def step(self, count: int = 1) -> Stop:
         """Execute exactly `count` instructions; slow, it drops all translated code.
@@ -285,6 +298,37 @@ class Cpu:
         context.save()
         at = context.at
         return bool(context.words[at.eflags_w] & F_IF and not context.words[at.hflags_w] & H_SHADOW)
+
+    def deliver_by(self, acknowledge: Callable[[], int]) -> None:
+        """Have interrupts delivered within a run, in the moment that the guest takes them.
+
+        It is that exactly: behind the instruction after STI, at once behind POPF and IRET. Only
+        a CPU that does not count can, and not while it steps; see `delivers`.
+
+        Args:
+            acknowledge: asked for the vector in that moment; as little as a bus callback may.
+        """
+        at, found = self._leaving and places(), fields()
+        if at and found and not self.counts:
+            self._virq = Virq(self._engine, at, found, acknowledge, self.traps.fail)
+
+    @property
+    def delivers(self) -> bool:
+        """Whether a run delivers interrupts by itself."""
+        return self._virq is not None
+
+    def interrupt_waits(self) -> bool:
+        """From a bus callback: have this run deliver one. Whether it will."""
+        virq = self._virq
+        if virq is None or self._stepping or not self._running:
+            return False
+        virq.arm()
+        return True
+
+    def interrupt_withdrawn(self) -> None:
+        """From a bus callback: none waits any more."""
+        if self._virq is not None:
+            self._virq.disarm()
 
     def in_shadow(self) -> bool:
         """Whether STI or MOV SS came just before: then an NMI waits for one more instruction."""
