@@ -55,7 +55,7 @@ MODULES = (
 """Kernel modules that the initramfs has, if the kernel does; what a guest's devices need of them
 is loaded at boot."""
 
-RECIPE = 2
+RECIPE = 3
 """Counts changes to what this module builds; files of another recipe are built anew."""
 
 INIT = f"""\
@@ -72,16 +72,11 @@ if [ -d /lib/modules ]; then
         modprobe -qab $(find /sys/devices -name modalias -exec sort -u {{}} +) 2>/dev/null
     done
 fi
-# What poweroff, halt and reboot without -f send to process 1.
-trap 'poweroff -f' USR2
-trap 'halt -f' USR1
-trap 'reboot -f' TERM
 echo '{READY}'
-while :; do
-    # A session of its own on the console's real device: job control and Ctrl-C work there.
-    setsid cttyhack sh </dev/console >/dev/console 2>&1 &
-    wait $!
-done
+# An init of its own starts the shell: what this one starts beside itself ignores Ctrl-C for ever.
+mkdir -p /etc
+echo "::respawn:env HOME=$HOME PATH=$PATH cttyhack sh" >/etc/inittab
+exec init
 """
 
 _KERNEL_FILES = rf"boot/vmlinuz-.*|{modules.PATH}"

@@ -9,6 +9,8 @@ from devices.contract import Region
 from devices.pci.contract import BarInfo
 
 MAX_REGIONS = 64
+MAX_NAME = 64
+"""Characters of a region's name."""
 ISA_LINES = frozenset(range(16)) - {2}
 """The interrupt lines that a device may be wired to; 2 is the wire between the two 8259."""
 
@@ -60,6 +62,8 @@ def wrong_shape(shape: Shape, expected: Shape | None = None) -> str:
     for region in shape.regions:
         # As Python writes it: the name is the device's, the terminal is ours.
         name, space = repr(region.name)[:40], _SPACE[region.bus]
+        if not (region.name.isprintable() and 0 < len(region.name) <= MAX_NAME):
+            return f"region {name} has no plain name of 1 to {MAX_NAME} characters"
         if not 0 < region.length <= space:
             return f"region {name} of {region.length} bytes"
         if region.start is not None and not 0 <= region.start <= space - region.length:

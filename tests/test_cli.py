@@ -123,6 +123,23 @@ def test_a_reader_that_goes_away() -> None:
     assert time.monotonic() - began < 19  # it ended because of the pipe, not of the time-out
 
 
+@pytest.mark.parametrize("arguments", ["devices", "demo isolation", "demo suspend"])
+def test_a_reader_that_goes_away_is_no_failure(arguments: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*VMM, *arguments.split()],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_in_order(number: signal.Signals) -> None:
     process = subprocess.Popen(
@@ -228,6 +245,9 @@ def test_snapshot_at_the_end(tmp_path: Path) -> None:
         (["boot", "hello", "--snapshot-at", "nan"], "--snapshot-at nan"),
         (["boot", "hello", "--frobnicate"], "--frobnicate"),
         (["restore", "/no/where"], "/no/where"),
+        (["restore", ""], "directory: its name is empty"),
+        (["boot", "hello", "--initrd", "/no/file"], "initrd /no/file"),
+        (["bench", "--linux", "/no/where"], "/no/where"),
         (["demo", "nothing"], "no demo 'nothing'"),
         (["fly"], "fly"),
         ([], "COMMAND"),

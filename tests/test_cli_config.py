@@ -85,6 +85,8 @@ def test_every_option_has_a_place(tmp_path: Path) -> None:
         ('mem = "1M"\nmemm = "64M"\n', 2, "do you mean 'mem'"),
         ('\n\nmem = "abc"\n', 3, "'abc' is not a size"),
         ("mem = true\n", 1, "is text or a number"),
+        ("image = 3\n", 1, "is text, not 3"),
+        ('module = ["a", 1.5]\n', 1, "is text, not 1.5"),
         ("#\nmode = 48\n", 2, "'48' is none of 16, 32, 64"),
         ("stats = 1\n", 1, "is true or false"),
         ('append = """\nmem = 3\n"""\nclock = "fast"\n', 4, "'fast' is none of real, virtual"),

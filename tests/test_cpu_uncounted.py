@@ -171,6 +171,45 @@ def test_steps() -> None:
         assert assert_exact(bench) > 1000
 
 
+def test_a_kick_under_way_does_not_reach_a_counted_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kicker is interrupted before it touches the engine, and the vCPU begins to count."""
+    with Bench(counts=False) as bench:
+        bench.start(counting(bench), COUNT)
+        under_way, go_on, reached = threading.Event(), threading.Event(), []
+        leave = leaving.Leaving.leave
+
+        def late(fields: leaving.Leaving) -> None:
+            under_way.set()
+            go_on.wait(0.2)
+            reached.append(bench.cpu._running)
+            leave(fields)
+
+        monkeypatch.setattr(leaving.Leaving, "leave", late)
+        kicker = threading.Thread(target=bench.cpu.kick)
+        kicker.start()
+        under_way.wait()
+        bench.cpu._kicked = False  # as after a run that ended in this moment
+        stop = bench.cpu.run(200_000_000)  # goes on for longer than the kicker waits
+        go_on.set()
+        kicker.join()
+        assert stop.reason is StopReason.BUDGET
+        assert reached == [False]
+        assert_exact(bench)
+
+
+def test_a_kick_after_the_end_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bench(counts=False) as bench:
+        touched: list[leaving.Leaving] = []
+
+        def leave(fields: leaving.Leaving) -> None:
+            touched.append(fields)
+
+        monkeypatch.setattr(leaving.Leaving, "leave", leave)
+    bench.cpu.kick()
+    bench.cpu.stop_now()
+    assert not touched
+
+
 def test_where_it_cannot_be_seen_blocks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "places", lambda: None)
     with Bench(counts=False) as bench:

@@ -92,6 +92,15 @@ def test_to_a_shell_and_off(machine: Machine) -> None:
     assert machine.run(timeout=60).ending is Ending.POWERED_OFF
 
 
+def test_ctrl_c_ends_what_runs_in_the_shell(machine: Machine) -> None:
+    shell = boot(machine)
+    machine.send("echo begun; while :; do :; done\r")
+    assert machine.run(until="\nbegun", timeout=60).ending is Ending.PAUSED
+    machine.send("\x03")
+    shell.wait()
+    assert "\nafter" in shell.ask("echo after")
+
+
 @pytest.mark.parametrize(
     ("append", "entry", "controller", "timer"),
     [

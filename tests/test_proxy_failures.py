@@ -351,6 +351,10 @@ REGION = Region("r", BusType.MMIO, 16)
 @pytest.mark.parametrize(
     "shape",
     [
+        m.Shape((Region("", BusType.MMIO, 16),)),
+        m.Shape((Region("two\nlines", BusType.MMIO, 16),)),
+        m.Shape((Region("\x1b[2J", BusType.MMIO, 16),)),
+        m.Shape((Region("n" * 65, BusType.MMIO, 16),)),
         m.Shape((Region("big", BusType.PIO, 0x10001),)),
         m.Shape((Region("high", BusType.PIO, 8, 0xFFFF),)),
         m.Shape((Region("none", BusType.MMIO, 0),)),
@@ -365,7 +369,7 @@ REGION = Region("r", BusType.MMIO, 16)
         m.Shape((Region("wired", BusType.MMIO, 16, irq=2),)),
         m.Shape((REGION, Region("wired", BusType.MMIO, 16, irq=16)), True),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 def test_shapes_that_cannot_be(shape: m.Shape) -> None:
     def script(tube: socket.socket, bell: int, words: object) -> None:

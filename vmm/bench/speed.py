@@ -70,7 +70,7 @@ class SpeedBench:
         self._machine.boot(image, BootOptions(load_addr=CODE_AT, mode=Mode.LONG))
         cpu = self._machine.parts.cpu
         began = perf_counter()
-        while cpu.run(1 << 62).reason is not StopReason.HALT:
+        while cpu.run().reason is not StopReason.HALT:
             pass
         return perf_counter() - began
 

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _forget_output()
         return 130
     except BrokenPipeError:
-        status = 141  # whoever read our output has gone: nothing more is said
+        status = 0  # whoever read our output has gone: nothing more is said
     except OSError as error:
         about = "" if error.filename is None else f"{error.filename}: "
         status = _fail(f"{about}{error.strerror or error}", 2)

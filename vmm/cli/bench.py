@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(f"measuring {what} ...", file=sys.stderr, flush=True)
 
+    if args.linux is not None:
+        linux.commands(Path(args.linux))  # or whoever mistyped it waits for the other figures
     progress("accesses")
     figures += _accesses(rounds, scale)
     progress("CPU speed")

@@ -119,6 +119,8 @@ def _value(action: argparse.Action, value: Any, where: str) -> Any:
 def _one(action: argparse.Action, value: Any, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{where}: is text or a number, not {value!r}")
+    if action.type is None and not isinstance(value, str):
+        raise UserError(f"{where}: is text, not {value!r}")
     text = str(value)
     try:
         made = action.type(text) if callable(action.type) else text

@@ -62,6 +62,12 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("its name is empty")
+    return text
+
+
 def add_boot(commands: Any) -> None:
     parser = commands.add_parser(
         "boot", help="boot a guest", epilog=BOOT_EXAMPLES, formatter_class=_RAW
@@ -147,7 +153,7 @@ def add_restore(commands: Any) -> None:
         help="go on from a snapshot, in this process and with newly forked devices",
         description="Continues a guest where its snapshot was taken.",
     )
-    parser.add_argument("directory", help="the snapshot")
+    parser.add_argument("directory", type=_name, help="the snapshot")
     parser.add_argument(
         "--allow-model",
         metavar="MODULE:CLASS",
@@ -183,6 +189,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--snapshot-at",
         metavar="WHEN",
+        type=str,  # in a machine file also a number
         help="take one snapshot: after SECONDS, at 'end', or when the guest prints this text "
         "(text:... if it looks like one of the others)",
     )

@@ -47,7 +47,7 @@ def boot(args: argparse.Namespace) -> int:
         cmdline=args.append,
         modules=tuple(_read_module(text) for text in args.module),
         name=name,
-        initrd=None if args.initrd is None else _read_module(args.initrd),
+        initrd=None if args.initrd is None else _read_module(args.initrd, "initrd"),
         kernel_entry=KernelEntry(args.kernel_entry),
     )
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
@@ -128,6 +128,6 @@ def _read_image(image: str | None) -> tuple[str | bytes, str]:
     return read_file(image, "image"), image
 
 
-def _read_module(text: str) -> Module:
+def _read_module(text: str, what: str = "module") -> Module:
     path, _, name = text.partition(",")
-    return Module(read_file(path, "module"), name or path)
+    return Module(read_file(path, what), name or path)

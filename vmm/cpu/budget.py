@@ -13,6 +13,7 @@ executable memory, a Python function does the same about ten times slower.
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 from vmm.cpu import native as machine_code
@@ -34,7 +35,6 @@ class Budget:
 
     Attributes:
         counts: whether blocks are counted, and the limit is looked at.
-        leaving: ends the run that goes on, if anything does beside the limit.
         words: [executed, limit, -, stopped], for the hot path of `Cpu`.
         address: of `words`, for native code.
         code: the machine code in use; None: the portable hook.
@@ -43,7 +43,9 @@ class Budget:
     def __init__(self, engine: Engine, native: bool = True, leaving: Leaving | None = None) -> None:
         self._engine = engine
         self.counts = False
-        self.leaving = leaving
+        self._leaving = leaving
+        # Re-entrant: a signal's handler may end a run in the middle of `end`.
+        self._ending = threading.RLock()
         self._storage = (ctypes.c_int64 * 4)()
         self.words = memoryview(self._storage).cast("B").cast("q")
         self.words[_LIMIT] = NO_LIMIT
@@ -57,11 +59,23 @@ class Budget:
         """Count from now on; code that is translated already is not counted."""
         if self.counts:
             return
-        self.counts, self.leaving = True, None
+        self.leaving = None
+        self.counts = True
         if self.code is not None:
             self._engine.hook(HOOK_BLOCK, ctypes.c_void_p(self.code.on_block), data=self.address)
         else:
             self._engine.hook(HOOK_BLOCK, BlockCallback(self._portable(self._engine)))
+
+    @property
+    def leaving(self) -> Leaving | None:
+        """What ends the run that goes on, if anything does beside the limit."""
+        return self._leaving
+
+    @leaving.setter
+    def leaving(self, leaving: Leaving | None) -> None:
+        """Waits for an `end` that is under way: the next run would take it for an error."""
+        with self._ending:
+            self._leaving = leaving
 
     def _portable(self, engine: Engine) -> Any:
         words, stop = self.words, engine.stop
@@ -87,5 +101,6 @@ class Budget:
         Without a count a run that has not really begun does not hear it (see `leaving`).
         """
         self.words[_LIMIT] = -1
-        if self.leaving is not None:
-            self.leaving.leave()
+        with self._ending:
+            if self._leaving is not None:
+                self._leaving.leave()

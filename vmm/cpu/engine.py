@@ -115,6 +115,7 @@ class Cpu:
     def close(self) -> None:
         """Free the engine and let go of guest memory; harmless when repeated."""
         if self._engine.handle is not None:
+            self._budget.leaving = None  # a late kick finds no engine
             self._engine.close()
             self._physical.close()
 
