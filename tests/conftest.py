@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 from cpu_bench import Bench
+from virtio_rigs import Place, virtio_wardens
+
+from proxy.warden import Warden
 
 # A runner started with nohup ignores SIGHUP, and so would every process that tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -15,3 +19,18 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a CPU test with machine code and without."""
     monkeypatch.setattr(Bench, "native", request.param)
+
+
+@pytest.fixture(scope="module")
+def virtio_warden() -> Iterator[Warden]:
+    with virtio_wardens() as made:
+        yield made
+
+
+@pytest.fixture(params=["in-process", "jailed"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Runs a virtio test on a model in this process, and on one in a jailed process."""
+    jailed = request.param == "jailed"
+    made = Place(request.getfixturevalue("virtio_warden") if jailed else None)
+    yield made
+    made.close()

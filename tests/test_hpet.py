@@ -273,6 +273,24 @@ def test_only_offered_routes_can_be_set(bench: Bench) -> None:
     assert get(bench, config(0)) & 0x8030 == 0x30
 
 
+def test_a_change_of_width_looks_for_another_match(bench: Bench) -> None:
+    """2.3.8: with 32 bits the low half of the counter is compared, from that write on."""
+    put(bench, COUNTER, 1 << 32)
+    put(bench, config(0), INT_ENABLE | ROUTED)
+    put(bench, comparator(0), 1000 * US)
+    put(bench, CONFIGURATION, ENABLE)
+    bench.clock.advance(MS // 2)
+    put(bench, config(0), INT_ENABLE | ROUTED | MODE32)
+    bench.clock.advance(MS)
+    assert bench.host.rises(ROUTE) == [MS]
+    put(bench, COUNTER, 5)
+    bench.clock.advance(100)
+    put(bench, config(0), INT_ENABLE | ROUTED)  # and back to 64
+    bench.host.changes.clear()
+    bench.clock.advance(2 * MS)
+    assert len(bench.host.rises(ROUTE)) == 1
+
+
 # Legacy replacement.
 
 
@@ -298,6 +316,23 @@ def test_legacy_replacement_takes_the_lines_of_pit_and_rtc(bench: Bench) -> None
     hpet.isa_input(8, False)
     put(bench, CONFIGURATION, 0)
     assert bench.host.lines == {0: True, 8: False, ROUTE: False}
+
+
+@pytest.mark.parametrize(("timer", "line"), [(0, 0), (1, 8)])
+@pytest.mark.parametrize("legacy", [0, LEGACY], ids=["to-legacy", "from-legacy"])
+def test_an_edge_does_not_move_to_another_line(
+    bench: Bench, timer: int, line: int, legacy: int
+) -> None:
+    """An edge that was given is over when the timer gets another line: none rises there."""
+    put(bench, CONFIGURATION, ENABLE | legacy)
+    put(bench, config(timer), INT_ENABLE | ROUTED)
+    put(bench, comparator(timer), 1000 * US)
+    bench.clock.advance(2 * MS)
+    assert bench.host.rises(line if legacy else ROUTE) == [MS]
+    bench.host.changes.clear()
+    put(bench, CONFIGURATION, ENABLE | LEGACY ^ legacy)
+    assert not any(bench.host.lines.values())
+    assert not any(level for _, _, level in bench.host.changes)
 
 
 def test_without_legacy_replacement_isa_inputs_pass(bench: Bench) -> None:

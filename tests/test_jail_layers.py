@@ -7,18 +7,30 @@ import fcntl
 import json
 import os
 import pty
+import resource
 import select
 import shutil
 import signal
 import tempfile
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jail_tools import USERS, as_user, kill_and_wait, only
 
-from proxy.jail import JailMode, JailPlan, Policy, enter_jail, fork_into_jail, linux, plan_jail
+from proxy.jail import (
+    JailMode,
+    JailPlan,
+    Policy,
+    enter,
+    enter_jail,
+    fork_into_jail,
+    linux,
+    plan_jail,
+)
 from proxy.jail.escape import BY_NAME, Attempt, Outcome, Targets, bait, try_to_escape
 
 # Layer -> (the layers that it cannot be had without, what it stops alone)
@@ -287,6 +299,58 @@ def test_no_one_of_the_same_user_can_inspect_it(names: tuple[str, ...]) -> None:
             kill_and_wait(pid)
 
     assert as_user("ordinary", run) == (not names)
+
+
+def _said_in_a_jail(plan: JailPlan, prepare: Callable[[], object], tell: Callable[[], str]) -> str:
+    """What `tell` says after a process has entered its jail, or why it could not."""
+    reader, writer = os.pipe()
+    pid = fork_into_jail(plan)
+    if pid == 0:
+        text = "?"
+        try:
+            prepare()
+            enter_jail(plan, Policy(), (writer,), lambda _: None)
+            text = tell()
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, text.encode())
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"), [("CORE", 0), ("FSIZE", 0), ("MEMLOCK", 0), ("MSGQUEUE", 0), ("NPROC", 0)]
+)
+def test_limits_are_set(limit: str, value: int) -> None:
+    """Soft and hard; what has no way out of its own to try is read."""
+    which = getattr(resource, f"RLIMIT_{limit}")
+    plan = only(plan_jail(JailMode.AUTO), "rlimits")
+    said = _said_in_a_jail(plan, lambda: None, lambda: repr(resource.getrlimit(which)))
+    assert said == repr((value, value))
+    assert resource.getrlimit(which) != (value, value) or limit == "CORE"
+
+
+def test_a_process_that_stays_dumpable_is_no_jail() -> None:
+    """On a kernel that ignores it, the jail must not say that it holds."""
+
+    def ignore_it() -> None:
+        real = linux.prctl
+
+        def prctl(option: int, *arguments: int) -> int:
+            return 0 if option == linux.PR_SET_DUMPABLE else real(option, *arguments)
+
+        real(linux.PR_SET_DUMPABLE, 1)
+        enter.linux = SimpleNamespace(**{**vars(linux), "prctl": prctl})  # type: ignore[assignment]
+
+    plan = only(plan_jail(JailMode.AUTO), "pdeath")
+    dumpable = _said_in_a_jail(plan, ignore_it, lambda: "in")
+    assert "JailError" in dumpable, dumpable
+    assert "still dumpable" in dumpable
+    assert _said_in_a_jail(plan, lambda: None, lambda: "in") == "in"
 
 
 def test_descriptors() -> None:

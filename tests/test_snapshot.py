@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -26,6 +27,7 @@ from vmm.cpu.state import CpuState
 from vmm.machine import Machine
 from vmm.memory import GuestMemory
 from vmm.outcome import Ending
+from vmm.vcpu import InterruptWindow
 
 COUNTED = "".join(f"counter {n}\n" for n in range(1, 31)).encode()
 
@@ -318,6 +320,12 @@ def test_a_damaged_file_is_named(copy: Path, name: str, harm: str) -> None:
         Machine.restore(copy)
 
 
+def _end(body: dict[str, Any]) -> int:
+    """Where the memory stretches of a manifest end."""
+    last = body["memory"][-1]
+    return int(last["offset"]) + int(last["length"])
+
+
 def test_a_newer_format_is_refused(copy: Path) -> None:
     rewrite(copy, lambda body: None, version=3)
     with pytest.raises(UserError, match=r"format 3.*update"):
@@ -337,6 +345,11 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
         ),
         (lambda b: b["memory"].append({"offset": 1 << 40, "length": 4096, "sha256": ""}), "past"),
         (lambda b: b["memory"].append({"offset": 0, "length": 4096, "sha256": ""}), "out of order"),
+        (lambda b: b["memory"].append(dict(b["memory"][-1])), "out of order"),
+        (
+            lambda b: b["memory"].append({**b["memory"][-1], "offset": _end(b) - 4096}),
+            "out of order",
+        ),
         (lambda b: b["config"].update({"memory": 1 << 50}), "memory"),
         (lambda b: b["config"].update({"memory": 32 << 20}), "memory.bin"),
         (lambda b: b["config"].update({"devices": []}), "nobody owns"),
@@ -487,3 +500,15 @@ def test_a_closed_a20_gate_stays_closed(tmp_path: Path, clock: str) -> None:
         assert machine.run(timeout=20).guest_value == 1
     with Machine.restore(tmp_path / "closed") as machine:
         assert machine.run(timeout=20).guest_value == 1
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_an_interrupt_that_waits_is_offered_at_the_same_count(tmp_path: Path, clock: str) -> None:
+    """A repeatable run depends on it, however the window stands when the snapshot is taken."""
+    window = InterruptWindow(size=2048, look_at=123_456)
+    with Machine(memory="16M", clock=clock) as machine:
+        machine.boot("hello")
+        machine.parts.vcpu.window = window
+        machine.snapshot(tmp_path / "saved")
+    with Machine.restore(tmp_path / "saved") as machine:
+        assert machine.parts.vcpu.window == window

@@ -30,6 +30,7 @@ from virtio_driver import (
     SplitQueue,
 )
 from virtio_echo import LATER, NOW, VirtioEcho
+from virtio_rigs import Place
 
 SIZE = 8
 OUTSIDE = 0xFEB0_0000
@@ -149,9 +150,9 @@ def works_again(driver: Driver, features: int) -> None:
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_split(name: str) -> None:
+def test_split(place: Place, name: str) -> None:
     why, attack = SPLIT[name]
-    driver = Driver(LocalRig(VirtioEcho))
+    driver = Driver(place.make("virtio-echo"))
     features = F_VERSION_1 | F_INDIRECT
     driver.start(features, SIZE)
     attack(driver, driver.queues[NOW])
@@ -167,9 +168,9 @@ def test_split(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed(name: str) -> None:
+def test_packed(place: Place, name: str) -> None:
     why, attack = PACKED[name]
-    driver = Driver(LocalRig(VirtioEcho))
+    driver = Driver(place.make("virtio-echo"))
     features = F_VERSION_1 | F_INDIRECT | F_PACKED
     driver.start(features, SIZE)
     attack(driver, driver.queues[NOW])
@@ -180,36 +181,36 @@ def test_packed(name: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [0, F_PACKED])
-def test_indirect_needs_negotiation(packed: int) -> None:
-    driver = Driver(LocalRig(VirtioEcho))
+def test_indirect_needs_negotiation(place: Place, packed: int) -> None:
+    driver = Driver(place.make("virtio-echo"))
     driver.start(F_VERSION_1 | packed, SIZE)
     driver.queues[NOW].send([b"x"], indirect=True)
     needs_reset(driver, "not negotiated")
 
 
-def test_packed_tables_ignore_all_flags_but_write() -> None:
+def test_packed_tables_ignore_all_flags_but_write(place: Place) -> None:
     """2.8.7: an "indirect" flag in an indirect table of a packed ring means nothing."""
-    driver = Driver(LocalRig(VirtioEcho))
+    driver = Driver(place.make("virtio-echo"))
     driver.start(F_VERSION_1 | F_PACKED | F_INDIRECT, SIZE)
-    place = table(driver, (B, 4, 0, INDIRECT | NEXT), (B + 64, 4, 0, WRITE | NEXT))
+    where = table(driver, (B, 4, 0, INDIRECT | NEXT), (B + 64, 4, 0, WRITE | NEXT))
     driver.ram[B : B + 4] = b"abcd"
     queue = driver.queues[NOW]
     assert isinstance(queue, PackedQueue)
-    offer_packed(queue, (place, 32, INDIRECT | WRITE))
+    offer_packed(queue, (where, 32, INDIRECT | WRITE))
     driver.doorbell(NOW)
     assert driver.ram[B + 64 : B + 68] == b"dcba"
     assert driver.rig.logs == []
 
 
-def test_split_direct_then_indirect() -> None:
+def test_split_direct_then_indirect(place: Place) -> None:
     """2.7.5.3.2: some descriptors, then one that refers to a table."""
-    driver = Driver(LocalRig(VirtioEcho))
+    driver = Driver(place.make("virtio-echo"))
     driver.start(F_VERSION_1 | F_INDIRECT, SIZE)
-    place = table(driver, (B + 2, 2, NEXT, 1), (B + 64, 4, WRITE, 0))
+    where = table(driver, (B + 2, 2, NEXT, 1), (B + 64, 4, WRITE, 0))
     driver.ram[B : B + 4] = b"abcd"
     queue = driver.queues[NOW]
     assert isinstance(queue, SplitQueue)
-    offer(queue, (B, 2, NEXT, 1), (place, 32, INDIRECT | WRITE, 7))
+    offer(queue, (B, 2, NEXT, 1), (where, 32, INDIRECT | WRITE, 7))
     driver.doorbell(NOW)
     assert driver.ram[B + 64 : B + 68] == b"dcba"
     assert driver.rig.logs == []
@@ -218,8 +219,8 @@ def test_split_direct_then_indirect() -> None:
 @pytest.mark.parametrize("area", [0, 1, 2])
 @pytest.mark.parametrize("where", [OUTSIDE, TOP & ~15, 0x10_0001])
 @pytest.mark.parametrize("packed", [0, F_PACKED])
-def test_rings_outside_ram_or_not_aligned(packed: int, where: int, area: int) -> None:
-    driver = Driver(LocalRig(VirtioEcho))
+def test_rings_outside_ram_or_not_aligned(place: Place, packed: int, where: int, area: int) -> None:
+    driver = Driver(place.make("virtio-echo"))
     assert driver.negotiate(F_VERSION_1 | packed)
     queue = driver.queue(NOW, SIZE)
     driver.set(QUEUE_ENABLE, 2, 0)  # 4.1.4.3.2: does nothing

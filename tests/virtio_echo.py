@@ -11,6 +11,8 @@ from devices.virtio.transport import VirtioDevice
 F_ODD, F_NEEDS_ODD = 1 << 0, 1 << 1
 """Two features of its own; the second does not go without the first."""
 NOW, LATER = 0, 1
+CHANGE = 7
+"""The byte of the configuration whose write is a change of it by the device."""
 
 
 class VirtioEcho(VirtioDevice):
@@ -76,3 +78,5 @@ class VirtioEcho(VirtioDevice):
 
     def write_device_config(self, offset: int, size: int, value: int) -> None:
         self.config_bytes[offset : offset + size] = value.to_bytes(size, "little")
+        if (offset, size) == (CHANGE, 1):
+            self.config_changed()
