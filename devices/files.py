@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -36,12 +37,23 @@ class HostFile:
     unit: int = 0
 
 
+@dataclass(frozen=True)
+class HostLink:
+    """The option names what a network card is connected to, see `devices.virtio.link`."""
+
+
+def host_links(options: type) -> list[str]:
+    """The options that name a link, of a model's `Options`."""
+    return [name for name, note in _notes(options) if isinstance(note, HostLink)]
+
+
 def host_files(options: type) -> dict[str, HostFile]:
     """The options that name a file, by name, of a model's `Options`."""
+    return {name: note for name, note in _notes(options) if isinstance(note, HostFile)}
+
+
+def _notes(options: type) -> Iterator[tuple[str, object]]:
     hints = typing.get_type_hints(options, include_extras=True)
-    found = {}
     for each in dataclasses.fields(options):
         for note in getattr(hints[each.name], "__metadata__", ()):
-            if isinstance(note, HostFile):
-                found[each.name] = note
-    return found
+            yield each.name, note

@@ -55,7 +55,7 @@ MODULES = (
 """Kernel modules that the initramfs has, if the kernel does; what a guest's devices need of them
 is loaded at boot."""
 
-RECIPE = 2
+RECIPE = 3
 """Counts changes to what this module builds; files of another recipe are built anew."""
 
 INIT = f"""\
@@ -82,6 +82,26 @@ while :; do
     setsid cttyhack sh </dev/console >/dev/console 2>&1 &
     wait $!
 done
+"""
+
+DHCP_SCRIPT = """\
+#!/bin/sh
+# udhcpc tells here what it has learned.
+case "$1" in
+deconfig)
+    ip addr flush dev "$interface"
+    ip link set "$interface" up
+    ;;
+bound | renew)
+    ip addr replace "$ip/$mask" dev "$interface"
+    for gateway in $router; do
+        ip route replace default via "$gateway" dev "$interface"
+    done
+    for server in $dns; do
+        echo "nameserver $server"
+    done >/etc/resolv.conf
+    ;;
+esac
 """
 
 _KERNEL_FILES = rf"boot/vmlinuz-.*|{modules.PATH}"
@@ -262,6 +282,8 @@ def initramfs(busybox: bytes, extras: Iterable[cpio.Entry] = ()) -> bytes:
         cpio.program("bin/busybox", busybox),
         cpio.symlink("bin/sh", "busybox"),
         cpio.program("init", INIT.encode()),
+        cpio.directory("etc/udhcpc"),
+        cpio.program("etc/udhcpc/default.script", DHCP_SCRIPT.encode()),
     ]
     there = {entry.name for entry in entries}
     for entry in extras:

@@ -14,7 +14,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -126,14 +126,28 @@ class HostFiles:
                     where = f"device '{device.name}': {option.replace('_', '-')}={path}"
                     flags = _flags(file, options)
                     name = f"{device.name}.{option}"
-                    opened[option] = self._open(name, path, file, flags, where)
-        except BaseException as error:
+                    with self.naming_snapshot():
+                        opened[option] = self._open(name, path, file, flags, where)
+        except BaseException:
             close_all(list(opened.values()))
-            if self._saved is not None and isinstance(error, HostFileError):
-                raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
             raise
-        self.held[device.name] = [f"{option} ({_what(fd)})" for option, fd in opened.items()]
+        for option, fd in opened.items():
+            self.hold(device.name, option, fd)
         return opened
+
+    @contextlib.contextmanager
+    def naming_snapshot(self) -> Iterator[None]:
+        """What cannot be had in here is missed by the snapshot, if the machine is from one."""
+        try:
+            yield
+        except HostFileError as error:
+            if self._saved is None:
+                raise
+            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
+
+    def hold(self, device: str, option: str, fd: int) -> None:
+        """Note that a device has this descriptor."""
+        self.held.setdefault(device, []).append(f"{option} ({_what(fd)})")
 
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
         if file.directory:

@@ -21,6 +21,7 @@ _F_GETFL: Final = 3
 _AT_EMPTY_PATH: Final = 0x1000
 _PUNCH_HOLE: Final = 0x2 | 0x1  # with KEEP_SIZE, linux/falloc.h
 _ZERO_RANGE: Final = 0x10 | 0x1  # the same
+_TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 _ANY_SIZE: Final = 1 << 62
 
 
@@ -167,6 +168,9 @@ _OWN: Final[dict[str, Policy]] = {
             Rule("pwritev2", "what the interpreter calls for the same", (Arg(5, 0),)),
         ),
         file_size=_ANY_SIZE,
+    ),
+    "net": Policy(
+        extra=(Rule("ioctl", "tells its tap what the driver takes", (Arg(1, _TUNSETOFFLOAD),)),),
     ),
     "serial": Policy(),
     "echo": Policy(),
