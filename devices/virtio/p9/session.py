@@ -60,7 +60,7 @@ class Session:
         self.tree = tree
         self.fids = Fids()
         self._readonly = readonly
-        self.looks = Appearance(tree.stat(b""))
+        self.looks = Appearance(tree.stat_of(tree.fd))
         self.most = 0
         self._requests: dict[type[Message], Callable[[Any], Message]] = {
             m.Statfs: self._statfs,

@@ -95,7 +95,12 @@ class Tree:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.pathwise = False
-        os.close(self.open(b"", os.O_PATH))
+        try:
+            os.close(self.open(b"", os.O_PATH))
+        except PermissionError as error:
+            # EACCES is of the directory's mode, which the guest may have made 0.
+            if error.errno != errno.EACCES:
+                raise
 
     def look_around(self) -> None:
         """Find out whether the directory is the root here; to be called once the jail is up."""
