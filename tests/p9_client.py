@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from virtio_driver import F_VERSION_1, Driver, LocalRig, Request, Rig
@@ -66,7 +67,8 @@ class Client:
         """Any bytes; what became of them."""
         room = self.msize if room is None else room
         request = self.driver.queues[0].send([data], [room] if room else [])
-        if settle:
+        end = monotonic() + 20
+        while settle and request.length is None and monotonic() < end:
             self.rig.settle()
             self.driver.queues[0].collect()
         return request
