@@ -3,7 +3,8 @@
 - `BusDevice` (in `devices.bus`): answers reads and writes of one range.
 - `Device`: the base of every model: regions, state, sleep/wake, snapshot/restore.
 - `TakesInput`: bytes from the outside world (a typed character) reach it.
-- `TakesTurns`, `HasWork`, `Watches`: it does DMA or waits for its host (see `devices.dma`).
+- `TakesTurns`, `HasWork`, `Watches`, `WaitsForRoom`: it does DMA or waits for its host (see
+  `devices.dma`).
 - `PciFunction` (in `devices.pci`): has a configuration space.
 - `DeviceHost`: the other direction, what a model may ask of the machine that holds it.
 
@@ -288,4 +289,13 @@ class Watches(Protocol):
         """`fd` is readable, or its peer is gone: read it into memory of the model's own, and ask
         for a turn. Never touches guest memory; never called while the device sleeps.
         """
+        ...
+
+
+@runtime_checkable
+class WaitsForRoom(Watches, Protocol):
+    """One of them that also writes to a descriptor as fast as it takes it."""
+
+    def full(self) -> Sequence[int]:
+        """Descriptors that took no more: `ready` is called when one is writable, too."""
         ...

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -21,9 +22,10 @@ class HostFile:
     """What is opened, and how.
 
     Attributes:
-        directory: a directory, for ``openat`` and the like; else a regular file or block device.
+        directory: a directory: the only one of a device, which becomes the root of its jail. Else a
+            regular file or block device.
         writable: open it for reading and writing. A file that is written has no other user at the
-            same time, one that is read no writer; a directory is opened for reading in any case.
+            same time, one that is read no writer. In a directory it is what may be done in it.
         read_only_if: an option of the model (true or false): if true, it is not writable.
         direct_if: the same: if true, open it with O_DIRECT.
         unit: not 0: its size in bytes must be a multiple of this, and not 0.
@@ -35,13 +37,34 @@ class HostFile:
     direct_if: str = ""
     unit: int = 0
 
+    def may_write(self, options: object) -> bool:
+        """Whether it is writable with these options of its model."""
+        return self.writable and not (self.read_only_if and getattr(options, self.read_only_if))
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """The option names what a network card is connected to, see `devices.virtio.link`."""
+
+
+def host_links(options: type) -> list[str]:
+    """The options that name a link, of a model's `Options`."""
+    return [name for name, note in _notes(options) if isinstance(note, HostLink)]
+
 
 def host_files(options: type) -> dict[str, HostFile]:
     """The options that name a file, by name, of a model's `Options`."""
+    return {name: note for name, note in _notes(options) if isinstance(note, HostFile)}
+
+
+def _notes(options: type) -> Iterator[tuple[str, object]]:
     hints = typing.get_type_hints(options, include_extras=True)
-    found = {}
     for each in dataclasses.fields(options):
         for note in getattr(hints[each.name], "__metadata__", ()):
-            if isinstance(note, HostFile):
-                found[each.name] = note
-    return found
+            yield each.name, note
+
+
+def directories(options: object) -> dict[str, bool]:
+    """The options that name a directory, of a model's options, and whether each is writable."""
+    found = host_files(type(options)).items()
+    return {name: file.may_write(options) for name, file in found if file.directory}

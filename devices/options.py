@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from devices.files import HostFile
+from devices.files import HostFile, HostLink
 
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 
@@ -79,6 +79,8 @@ def _kind(hint: Any) -> str:
     for note in notes:
         if isinstance(note, HostFile):
             return "DIRECTORY" if note.directory else "FILE"
+        if isinstance(note, HostLink):
+            return "user|pair:NAME|tap:NAME"
         if isinstance(note, msgspec.Meta) and note.ge is not None and note.le is not None:
             return f"{note.ge}..{note.le:#x}" if note.le > 9 else f"{note.ge}..{note.le}"
     if notes:

@@ -24,6 +24,7 @@ MODELS: dict[str, str] = {
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
+    "9p": "devices.virtio.p9.device:P9",
     "balloon": "devices.virtio.balloon:Balloon",
     "blk": "devices.virtio.blk:Blk",
     "console": "devices.virtio.console:Console",

@@ -79,6 +79,26 @@ echo "::respawn:env HOME=$HOME PATH=$PATH cttyhack sh" >/etc/inittab
 exec init
 """
 
+DHCP_SCRIPT = """\
+#!/bin/sh
+# udhcpc tells here what it has learned.
+case "$1" in
+deconfig)
+    ip addr flush dev "$interface"
+    ip link set "$interface" up
+    ;;
+bound | renew)
+    ip addr replace "$ip/$mask" dev "$interface"
+    for gateway in $router; do
+        ip route replace default via "$gateway" dev "$interface"
+    done
+    for server in $dns; do
+        echo "nameserver $server"
+    done >/etc/resolv.conf
+    ;;
+esac
+"""
+
 _KERNEL_FILES = rf"boot/vmlinuz-.*|{modules.PATH}"
 
 
@@ -257,6 +277,8 @@ def initramfs(busybox: bytes, extras: Iterable[cpio.Entry] = ()) -> bytes:
         cpio.program("bin/busybox", busybox),
         cpio.symlink("bin/sh", "busybox"),
         cpio.program("init", INIT.encode()),
+        cpio.directory("etc/udhcpc"),
+        cpio.program("etc/udhcpc/default.script", DHCP_SCRIPT.encode()),
     ]
     there = {entry.name for entry in entries}
     for entry in extras:

@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 
-from devices.contract import Device, HasWork, Watches
+from devices.contract import Device, HasWork, WaitsForRoom, Watches
 from proxy import lane
 from proxy import messages as m
 from proxy.commands import Commands
@@ -97,7 +97,8 @@ class ChildLoop:
         self._watcher = device if isinstance(device, Watches) else None
         self._does_more = self._watcher is not None or isinstance(device, HasWork)
         self._unheard = 0
-        self._watched: set[int] = set()
+        self._filler = device if isinstance(device, WaitsForRoom) else None
+        self._watched: dict[int, int] = {}
         self._waiter = select.poll()
         self._waiter.register(end, select.POLLIN)
 
@@ -286,12 +287,15 @@ class ChildLoop:
         turns = self._host.turns
         active = self._session.state is State.ACTIVE
         watcher = self._watcher if active else None
-        wanted = set(watcher.watched()) if watcher is not None else set()
+        wanted = {} if watcher is None else dict.fromkeys(watcher.watched(), select.POLLIN)
+        if active and self._filler is not None:
+            for fd in self._filler.full():
+                wanted[fd] = wanted.get(fd, 0) | select.POLLOUT
         if wanted != self._watched:
-            for fd in self._watched - wanted:
+            for fd in self._watched.keys() - wanted.keys():
                 self._waiter.unregister(fd)
-            for fd in wanted - self._watched:
-                self._waiter.register(fd, select.POLLIN)
+            for fd, events in wanted.items():
+                self._waiter.register(fd, events)
             self._watched = wanted
         works = active and turns.work_wanted
         ready = self._waiter.poll(0 if works else wait)

@@ -14,11 +14,12 @@ import msgspec
 from devices import registry
 from devices.contract import Device, DeviceHost
 from devices.errors import DeviceError, UserError
+from devices.files import directories
 from proxy import lane
 from proxy.child import ChildLoop
 from proxy.errors import ProtocolFault
 from proxy.host import ChildHost
-from proxy.jail import JailPlan, enter_jail, policy_for
+from proxy.jail import JailPlan, SharedDirectory, enter_jail, policy_for
 from proxy.tube import send, send_with_fds
 
 DeviceFactory = Callable[[DeviceHost], Device]
@@ -94,6 +95,9 @@ def start_child(
             loop = ChildLoop(end, host, device, page)
             gc.freeze()
             policy = policy_for(order.model)
+            shared = _shared(device, order.fds)
+            if shared is not None and not shared.writable:
+                policy = policy.reading()
             if device.dma:
                 policy = replace(policy, more_memory=policy.more_memory + order.guest_memory)
             report = enter_jail(
@@ -101,6 +105,7 @@ def start_child(
                 policy,
                 keep,
                 lambda listener: send_with_fds(setup, LISTENER, [listener]),
+                shared,
             )
             device.on_sandboxed()
         except (UserError, DeviceError) as error:
@@ -123,6 +128,22 @@ def _build(order: Order, host: DeviceHost) -> Device:
         return order.factory(host)
     kind = registry.load(order.model)
     return kind(host, registry.parse_options(kind, order.options))
+
+
+def _shared(device: Device, fds: Mapping[str, int]) -> SharedDirectory | None:
+    """The directory among a device's descriptors.
+
+    Raises:
+        UserError: there are several; only one can be the root.
+    """
+    found = [
+        SharedDirectory(fds[name], writable)
+        for name, writable in directories(device.options).items()
+        if name in fds
+    ]
+    if len(found) > 1:
+        raise UserError(f"device model '{device.model}' shares more than one directory")
+    return found[0] if found else None
 
 
 def _report(setup: socket.socket, report: StartReport) -> None:

@@ -10,11 +10,13 @@ import copy
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fakes import FakeHost
+from jail_tools import ORDINARY_UID
 
 from devices.bus import BusDevice
 from devices.contract import Device, NoState
@@ -138,15 +140,23 @@ class Upcalls:
 
 @contextmanager
 def given_files(kind: type[Device]) -> Iterator[tuple[dict[str, str], dict[str, int]]]:
-    """A file of 64 KiB for each option of a model that names one: options and descriptors."""
-    fds = {name: os.memfd_create(name) for name in host_files(kind.Options)}
-    try:
-        for fd in fds.values():
-            os.truncate(fd, 1 << 16)
+    """A file of 64 KiB, or an empty directory, for each option of a model that names one.
+
+    Gives options and descriptors.
+    """
+    with ExitStack() as stack:
+        fds = {}
+        for name, file in host_files(kind.Options).items():
+            if file.directory:
+                path = stack.enter_context(TemporaryDirectory())
+                if os.geteuid() == 0:
+                    os.chown(path, ORDINARY_UID, ORDINARY_UID)
+                fds[name] = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            else:
+                fds[name] = os.memfd_create(name)
+                os.truncate(fds[name], 1 << 16)
+            stack.callback(os.close, fds[name])
         yield dict.fromkeys(fds, "file"), fds
-    finally:
-        for fd in fds.values():
-            os.close(fd)
 
 
 class Workshop:

@@ -52,6 +52,10 @@ addr = 0xF00
 
 [[disk]]
 file = "root.img"
+
+[[net]]
+link = "user"
+forward = ["tcp:8080:80", "udp:53:53"]
 """
 
 
@@ -77,6 +81,7 @@ def test_every_option_has_a_place(tmp_path: Path) -> None:
     assert isinstance(device, Table)
     assert device.values == {"model": "echo", "name": "second", "addr": 0xF00}
     assert found["disk"][0].values == {"file": "root.img"}
+    assert found["net"][0].values == {"link": "user", "forward": ["tcp:8080:80", "udp:53:53"]}
 
 
 @pytest.mark.parametrize(

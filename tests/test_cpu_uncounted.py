@@ -11,7 +11,7 @@ import pytest
 from cpu_bench import CODE, Bench
 from test_cpu_run import COUNT, COUNTER, assert_exact, counting
 
-from vmm.cpu import engine
+from vmm.cpu import engine, leaving
 from vmm.cpu.accelerator import available
 from vmm.cpu.engine import StopReason
 from vmm.cpu.native import load

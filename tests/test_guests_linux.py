@@ -89,6 +89,7 @@ def test_initramfs() -> None:
     assert entries["bin/busybox"].data == b"the busybox"
     assert entries["bin/sh"].data == b"busybox"
     assert entries["init"].data.startswith(b"#!/bin/sh\n")
+    assert stat.S_IMODE(entries["etc/udhcpc/default.script"].mode) == 0o755
     assert stat.S_ISCHR(entries["dev/console"].mode)
     assert entries["dev/console"].device == (5, 1)
     seen: set[str] = set()
@@ -98,9 +99,10 @@ def test_initramfs() -> None:
         seen.add(name)
 
 
-def test_init_is_a_shell_script() -> None:
+def test_the_scripts_are_scripts() -> None:
     assert linux.READY in linux.INIT
-    subprocess.run(["sh", "-n"], input=linux.INIT.encode(), check=True)
+    for script in (linux.INIT, linux.DHCP_SCRIPT):
+        subprocess.run(["sh", "-n"], input=script.encode(), check=True)
 
 
 # From packages; the tools of a Debian system are stood in for.

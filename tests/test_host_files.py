@@ -66,7 +66,7 @@ def disk(tmp_path: Path) -> Path:
 def opened(**options: Any) -> dict[str, int]:
     files = HostFiles()
     try:
-        return files.open(DeviceConfig("disk", "reader", options), Reader)
+        return files.open(DeviceConfig("disk", "reader", options, isolated=False), Reader)
     finally:
         files.close()
 
@@ -144,3 +144,29 @@ def test_what_cannot_be_opened_is_one_line(tmp_path: Path, disk: Path) -> None:
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("device 'disk': ")
     assert open_descriptors() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's devices are somebody else")
+def test_a_directory_of_root_is_refused_unless_its_device_can_use_it(tmp_path: Path) -> None:
+    class SharerOptions(ReaderOptions):
+        folder: Annotated[str, HostFile(directory=True, read_only_if="readonly")] = ""
+
+    class Sharer(Reader):
+        Options = dataclass(frozen=True)(SharerOptions)
+
+    def share(readonly: bool, isolated: bool = True) -> None:
+        options = {"folder": str(tmp_path), "readonly": readonly}
+        close(HostFiles().open(DeviceConfig("p9", "sharer", options, isolated=isolated), Sharer))
+
+    for mode, readonly, mend in ((0o755, False, "read-only"), (0o750, True, "chmod")):
+        tmp_path.chmod(mode)
+        with pytest.raises(UserError, match=f"folder=.*belongs to root, .*chown.*{mend}"):
+            share(readonly)
+    tmp_path.chmod(0o755)
+    share(readonly=True)
+    tmp_path.chmod(0o777)
+    share(readonly=False)
+    tmp_path.chmod(0o700)
+    share(readonly=False, isolated=False)
+    os.chown(tmp_path, 7, 8)
+    share(readonly=False)

@@ -33,8 +33,10 @@ pytestmark = [
 PROMPT = b"/ # "
 
 
-def options(append: str = "", entry: KernelEntry = KernelEntry.AUTO) -> BootOptions:
-    initramfs = (Path(DIRECTORY) / "initramfs.cpio.gz").read_bytes()
+def options(
+    append: str = "", entry: KernelEntry = KernelEntry.AUTO, directory: Path | None = None
+) -> BootOptions:
+    initramfs = ((directory or Path(DIRECTORY)) / "initramfs.cpio.gz").read_bytes()
     return BootOptions(
         name="vmlinuz",
         cmdline=f"console=ttyS0 {append}".strip(),

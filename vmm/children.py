@@ -13,6 +13,7 @@ from proxy.warden import Start, Warden
 from vmm.config import ClockKind, DeviceConfig, HostOptions, MachineConfig
 from vmm.host_files import HostFiles
 from vmm.local import DeviceFactory, ModelFactory
+from vmm.network.links import Links, open_links
 
 DEBUG_EXIT = "debug-exit"
 """The one model that needs no process: all it can do is end the machine."""
@@ -26,11 +27,13 @@ class Children:
         warden: their parent; it is there even if there is none.
         starts: by device name.
         jail_line: what a user must be told about their jails; "" if all is well.
+        links: by device name: the host's ends of its links.
     """
 
     warden: Warden
     starts: Mapping[str, Start]
     jail_line: str
+    links: Mapping[str, Links]
 
 
 def order_children(
@@ -57,6 +60,7 @@ def order_children(
         if device.model in registry.MODELS:
             registry.load(device.model)  # once in this process: each warden inherits it
     own = [device.name for device in isolated if device.name in factories]
+    links: dict[str, Links] = {}
     warden = Warden([factories[name] for name in own], jail=host.jail, deadline=host.deadline)
     try:
         lines = [warden.plan.one_line()]
@@ -67,14 +71,16 @@ def order_children(
             )
         starts = {}
         for device in isolated:
-            fds = files_for(device, factories.get(device.name), host_files)
+            factory = factories.get(device.name)
+            links[device.name] = links_for(device, factory, host_files)
+            fds = files_for(device, factory, host_files)
             try:
                 starts[device.name] = warden.order(
                     device.name,
                     device.model,
                     device.options,
                     factory=own.index(device.name) if device.name in own else None,
-                    fds=fds,
+                    fds=fds | links[device.name].fds,
                     guest_memory=config.memory,
                     finish_work=config.clock is ClockKind.VIRTUAL,
                 )
@@ -82,8 +88,10 @@ def order_children(
                 close_all(list(fds.values()))
     except BaseException:
         warden.close()
+        for each in links.values():
+            each.close()
         raise
-    return Children(warden, starts, "\n".join(line for line in lines if line))
+    return Children(warden, starts, "\n".join(line for line in lines if line), links)
 
 
 def model_of(device: DeviceConfig, factory: DeviceFactory | None) -> type[Device] | None:
@@ -99,6 +107,16 @@ def files_for(
     """See `HostFiles.open`."""
     kind = model_of(device, factory)
     return {} if kind is None else host_files.open(device, kind)
+
+
+def links_for(device: DeviceConfig, factory: DeviceFactory | None, host_files: HostFiles) -> Links:
+    """See `open_links`; what the descriptors are is put to the files'."""
+    kind = model_of(device, factory)
+    with host_files.naming_snapshot():
+        links = Links(device.name, {}) if kind is None else open_links(device, kind)
+    for option, fd in links.fds.items():
+        host_files.hold(device.name, option, fd)
+    return links
 
 
 def may_map_memory(device: DeviceConfig, factory: DeviceFactory | None) -> bool:

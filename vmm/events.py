@@ -71,18 +71,21 @@ class EventLoop:
 
     # Descriptors and timers.
 
-    def add(self, fd: int, callback: Callback) -> None:
+    def add(self, fd: int, callback: Callback, events: int = select.EPOLLIN) -> None:
         """Call `callback` on the vCPU thread whenever `fd` is readable or its peer is gone.
+
+        Args:
+            events: what to wait for instead, as `select.epoll` has it.
 
         Raises:
             PermissionError: this kind of descriptor (a regular file) cannot be waited for.
         """
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(fd, events)
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
-        """Forget `fd`; harmless if it is not there."""
-        if self._callbacks.pop(fd, None) is not None:
+        """Forget `fd`; harmless if it is not there, or after `close`."""
+        if self._callbacks.pop(fd, None) is not None and not self._closed:
             self._epoll.unregister(fd)
 
     def call_at(self, when: float, callback: Callback) -> Timer:

@@ -14,7 +14,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -126,14 +126,30 @@ class HostFiles:
                     where = f"device '{device.name}': {option.replace('_', '-')}={path}"
                     flags = _flags(file, options)
                     name = f"{device.name}.{option}"
-                    opened[option] = self._open(name, path, file, flags, where)
-        except BaseException as error:
+                    with self.naming_snapshot():
+                        opened[option] = self._open(name, path, file, flags, where)
+                    if file.directory and device.isolated and os.geteuid() == 0:
+                        _check_rights(opened[option], file.may_write(options), where)
+        except BaseException:
             close_all(list(opened.values()))
-            if self._saved is not None and isinstance(error, HostFileError):
-                raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
             raise
-        self.held[device.name] = [f"{option} ({_what(fd)})" for option, fd in opened.items()]
+        for option, fd in opened.items():
+            self.hold(device.name, option, fd, wanted[option].may_write(options))
         return opened
+
+    @contextlib.contextmanager
+    def naming_snapshot(self) -> Iterator[None]:
+        """What cannot be had in here is missed by the snapshot, if the machine is from one."""
+        try:
+            yield
+        except HostFileError as error:
+            if self._saved is None:
+                raise
+            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
+
+    def hold(self, device: str, option: str, fd: int, writable: bool = True) -> None:
+        """Note that a device has this descriptor."""
+        self.held.setdefault(device, []).append(f"{option} ({_what(fd, writable)})")
 
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
         if file.directory:
@@ -236,7 +252,7 @@ def _keep(
 
 
 def _flags(file: HostFile, options: object) -> int:
-    writable = file.writable and not (file.read_only_if and getattr(options, file.read_only_if))
+    writable = file.may_write(options)
     flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # a FIFO must not make us wait
     flags |= os.O_RDWR if writable and not file.directory else os.O_RDONLY
     if file.direct_if and getattr(options, file.direct_if):
@@ -292,10 +308,19 @@ def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
         pass  # a file system without locks
 
 
-def _what(fd: int) -> str:
-    """A descriptor in words: what it is of, and for what it is open."""
-    rights = ("read", "write", "read and write")[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
-    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
+def _check_rights(fd: int, writable: bool, where: str) -> None:
+    """See whether a device that root starts can use a directory: it is the owner, never root."""
+    about = os.fstat(fd)
+    needed = stat.S_IROTH | stat.S_IXOTH | (stat.S_IWOTH if writable else 0)
+    if about.st_uid == 0 and about.st_mode & needed != needed:
+        mend = "share it read-only" if writable else "to all (chmod)"
+        reason = "belongs to root, which a device never is; give it to a user (chown)"
+        raise HostFileError(f"{where}: {reason} or {mend}")
+
+
+def _what(fd: int, writable: bool) -> str:
+    """A descriptor in words: what it is of, and for what."""
+    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {'read and write' if writable else 'read'}"
 
 
 # What a snapshot says of a file.

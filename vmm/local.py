@@ -6,12 +6,13 @@ apart; only that what runs beside the guest there runs between two slices of it 
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from devices import registry
 from devices.bus import BusDevice
-from devices.contract import Device, DeviceHost, Region, TakesTurns, Watches
+from devices.contract import Device, DeviceHost, Region, TakesTurns, WaitsForRoom, Watches
 from devices.dma import GuestMemory, Turns
 from devices.errors import DeviceError, UserError
 from proxy.events import ProxyEvents
@@ -103,7 +104,7 @@ class LocalTurns:
         self.turns = turns
         self._device = device
         self._loop = loop
-        self._watched: set[int] = set()
+        self._watched: dict[int, int] = {}
         self._asleep = False
         turns.attach(device)
 
@@ -138,11 +139,20 @@ class LocalTurns:
         device = self._device
         if not isinstance(device, Watches):
             return
-        wanted = set() if self._asleep else set(device.watched())
-        for fd in self._watched - wanted:
-            self._loop.remove(fd)
-        for fd in wanted - self._watched:
-            self._loop.add(fd, lambda fd=fd: self._ready(fd))  # type: ignore[misc]
+        wanted: dict[int, int] = {}
+        if not self._asleep:
+            wanted = dict.fromkeys(device.watched(), select.EPOLLIN)
+            if isinstance(device, WaitsForRoom):
+                for fd in device.full():
+                    wanted[fd] = wanted.get(fd, 0) | select.EPOLLOUT
+        if wanted == self._watched:
+            return
+        for fd, events in self._watched.items():
+            if wanted.get(fd) != events:
+                self._loop.remove(fd)
+        for fd, events in wanted.items():
+            if self._watched.get(fd) != events:
+                self._loop.add(fd, lambda fd=fd: self._ready(fd), events)  # type: ignore[misc]
         self._watched = wanted
 
     def _ready(self, fd: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from time import monotonic, time
 
-from devices.bus import ALL_ONES, Bus, BusType, Range
+from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.child_interface import ChildInterface
@@ -19,15 +19,17 @@ from proxy.device import ProxyDevice
 from proxy.placement import Placement
 from proxy.tube import close_all
 from vmm.attachment import Attachment
-from vmm.children import files_for, may_map_memory, order_children
+from vmm.children import files_for, links_for, may_map_memory, order_children
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
+from vmm.crash import crash_report
 from vmm.events import FAR, EventLoop, Timer
 from vmm.host_files import HostFiles
 from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
+from vmm.network.links import Links
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
 from vmm.plugging import plug_in
@@ -106,6 +108,8 @@ class Parts:
         children = order_children(self.config, self.host, factories, self.host_files)
         self.warden, self.jail_line = children.warden, children.jail_line
         self._stack.callback(self.warden.close)
+        for links in children.links.values():
+            self._stack.callback(links.close)
         self.memory = GuestMemory(self.config.memory, self.config.rom)
         self._stack.callback(self.memory.close)
         mmio = Bus(BusType.MMIO, PHYSICAL_LIMIT)
@@ -127,6 +131,7 @@ class Parts:
             else:
                 proxy = self._activate(start.wait(), may_map_memory(device, factory))
                 self._attach(device, Attachment(device, proxy))
+                self._attach_links(children.links[device.name])
         plug_in(self.pci, self.attachments)
         self.events.add(self.warden.fileno(), self._warden_spoke)
         self.console_device = next(
@@ -177,7 +182,7 @@ class Parts:
             self.board.irqchip,
             self.clock,
             between=lambda: self._between(between),
-            crash_report=self._crash_report,
+            crash_report=lambda cause: crash_report(cause, self.cpu, self.symbols, self.buses),
         )
 
     def _tsc(self) -> int:
@@ -206,7 +211,10 @@ class Parts:
         virtual = self.config.clock is ClockKind.VIRTUAL
         fds = files_for(device, factory, self.host_files)
         self._stack.callback(close_all, list(fds.values()))
-        host = LocalHost(device.name, self.wiring, fds, finish_work=virtual)
+        links = links_for(device, factory, self.host_files)
+        self._stack.callback(links.close)
+        self._attach_links(links)
+        host = LocalHost(device.name, self.wiring, fds | links.fds, finish_work=virtual)
         local = build_local(device, host, factory)
         self._stack.callback(self._close_local, device.name, local)
         if local.dma:
@@ -215,6 +223,10 @@ class Parts:
         self._stack.callback(turns.sleep)
         self.turns.add(device.name, turns.take)
         self._attach(device, Attachment(device, local, local=turns))
+
+    def _attach_links(self, links: Links) -> None:
+        with self.host_files.naming_snapshot():
+            links.attach(self.events, self.wiring.log)
 
     def _attach(self, device: DeviceConfig, attachment: Attachment) -> None:
         function = attachment.pci_function()
@@ -310,21 +322,6 @@ class Parts:
             device.close()
         except Exception as error:
             self.wiring.log(name, f"close failed: {error!r}")
-
-    def _crash_report(self, cause: str) -> str:
-        from vmm.cpu.report import crash_report, unknown_instruction  # loads the disassembler
-
-        head = unknown_instruction(self.cpu) if cause.startswith("triple fault: #UD") else ""
-        return head + crash_report(self.cpu, self.symbols) + self.last_accesses()
-
-    def last_accesses(self) -> str:
-        """The last accesses of the guest to devices, a line for each, the latest at the end."""
-        lines = [
-            f"  {'write' if writes else 'read '} {where.kind} {address:#x}, {8 * size:2} bits: "
-            f"{value & ALL_ONES[size]:#x} ({where.owner or 'nobody answers there'})\n"
-            for where, writes, address, size, value in self.buses[BusType.MMIO].recent
-        ]
-        return "".join(["last accesses to devices:\n", *lines]) if lines else ""
 
     # Quiet.
 

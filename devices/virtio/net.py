@@ -1,16 +1,13 @@
-"""Network device (5.1): frames between the guest and a descriptor of the host.
-
-The descriptor ``host.fds["link"]`` is not blocking, and each of its reads and writes is one frame:
-a packet socket pair (SOCK_SEQPACKET, SOCK_DGRAM) or a tap. Two kinds of frames (`format`):
-
-- ``plain``: an Ethernet frame without its checksum, as a tap or a user-mode network stack has it.
-- ``virtio``: the same after struct virtio_net_hdr (12 bytes, 5.1.6), for the link between two
-  machines: offloads go through, a checksum is never computed and a segment never cut.
+"""Network device (5.1): frames between the guest and a cable, see `devices.virtio.cable`.
 
 What the reader of a frame did not ask for is done here: checksums are completed (`complete`); a
-frame to be segmented that the driver cannot take is dropped, as is what the other side has no room
-for: a network may lose frames. Frames that arrived wait for the driver, up to `MOST_FRAMES`; then
-the descriptor is left alone. The link goes down when the peer is gone.
+frame to be segmented that the driver cannot take is dropped. So is what the other end has no room
+for, for a network may lose frames; only a stream (``link=user``) makes the driver wait instead.
+Frames that arrived wait for the driver, up to `MOST_BYTES`; then the cable is left alone. The link
+goes down with the cable.
+
+A user-mode stack is no wire: it takes frames of up to `USER_MTU` bytes, so the driver is told that
+(VIRTIO_NET_F_MTU) and needs no segmentation. A pair or a tap gets frames as the driver made them.
 """
 
 from __future__ import annotations
@@ -19,15 +16,31 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from devices.contract import DeviceHost
+from devices.files import HostLink
+from devices.virtio.cable import (
+    HEADER,
+    LONGEST,
+    OFFLOAD_CSUM,
+    OFFLOAD_ECN,
+    OFFLOAD_TSO4,
+    OFFLOAD_TSO6,
+    SHORTEST,
+    Cable,
+    Cut,
+    Jack,
+    PacketCable,
+    StreamCable,
+)
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.common import VirtioState
+from devices.virtio.link import Link, LinkKind, parse_forwards
 from devices.virtio.ring import Queue, VirtQueue
 from devices.virtio.transport import VirtioDevice
 
-F_CSUM, F_GUEST_CSUM, F_MAC = 1 << 0, 1 << 1, 1 << 5
+F_CSUM, F_GUEST_CSUM, F_MTU, F_MAC = 1 << 0, 1 << 1, 1 << 3, 1 << 5
 F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN = 1 << 7, 1 << 8, 1 << 9
 F_HOST_TSO4, F_HOST_TSO6, F_HOST_ECN = 1 << 11, 1 << 12, 1 << 13
 F_MRG_RXBUF, F_STATUS = 1 << 15, 1 << 16
@@ -46,11 +59,17 @@ GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
 _GSO_FEATURES = {GSO_TCPV4: F_GUEST_TSO4, GSO_TCPV6: F_GUEST_TSO6}
 RX, TX = 0, 1
 
-HEADER = struct.Struct("<BBHHHHH")
-"""flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers (5.1.6)."""
-LONGEST = 65550
-"""Bytes of a frame: what TSO can make (5.1.6.3.1), which no link without it reaches."""
-MOST_FRAMES = 64
+MOST_BYTES = 256 << 10
+"""Of frames that wait for the driver; what is read at once may come on top of it."""
+_MOST_AT_ONCE = 1 << 20
+USER_MTU = 65520
+"""Of passt: the largest that is a multiple of 4 with an Ethernet header in 65535 bytes."""
+_OFFLOADS = {
+    F_GUEST_CSUM: OFFLOAD_CSUM,
+    F_GUEST_TSO4: OFFLOAD_TSO4,
+    F_GUEST_TSO6: OFFLOAD_TSO6,
+    F_GUEST_ECN: OFFLOAD_ECN,
+}
 _CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
 
 
@@ -59,12 +78,15 @@ class NetOptions:
     """A network card.
 
     Attributes:
-        mac: its address, ``52:54:00:xx:xx:xx`` or the like.
-        format: of the frames on the link, see above.
+        link: what it is connected to; empty: nothing.
+        mac: its address.
+        forward: with link=user: ports of the host that lead to the guest, as in tcp:8080:80, or
+            tcp:ADDRESS:8080:80 (127.0.0.1 by default), or udp:...; with + between several.
     """
 
+    link: Annotated[str, HostLink()] = ""
     mac: str = "52:54:00:12:34:56"
-    format: Literal["plain", "virtio"] = "plain"
+    forward: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -75,14 +97,17 @@ class NetOptions:
             raise ValueError(f"mac is six bytes in hexadecimal with ':' between, not {self.mac}")
         if address[0] & 1:
             raise ValueError(f"mac {self.mac} is a group address")
+        link = Link.parse(self.link)
+        if parse_forwards(self.forward) and link.kind is not LinkKind.USER:
+            raise ValueError("forward= is for link=user")
 
 
 @dataclass
 class NetState(VirtioState):
-    """`arrived`: frames with their header that wait for the driver; `link_up`: the cable is in."""
+    """`arrived`: frames with their header that wait for the driver; `link_up`: what it was told."""
 
     arrived: list[bytes] = field(default_factory=list)
-    link_up: bool = True
+    link_up: bool = False
 
 
 class Net(VirtioDevice):
@@ -99,14 +124,27 @@ class Net(VirtioDevice):
     state: NetState
 
     def __init__(self, host: DeviceHost, options: NetOptions | None = None) -> None:
+        self._kind = Link.parse((options or NetOptions()).link).kind
         super().__init__(host, options)
-        self._fd = host.fds.get("link")
-        self.state.link_up = self._fd is not None
+        self._jack: Jack | None = None
+        self._cable: Cable | None = None
+        self._waiting = 0
         self.dropped = 0
+        fd = host.fds.get("link")
+        if fd is not None:
+            if self._kind is LinkKind.USER:
+                self._cable = StreamCable(fd)
+            elif self._kind is LinkKind.TAP:
+                self._cable = PacketCable(fd, tap=True)
+            else:
+                self._jack = Jack(fd)
+        self.state.link_up = self._cable is not None
 
     def features(self) -> int:
         offered = F_CSUM | F_GUEST_CSUM | F_MAC | F_MRG_RXBUF | F_STATUS
-        if self.options.format == "virtio":
+        if self._kind is LinkKind.USER:
+            offered |= F_MTU
+        elif self._kind is not LinkKind.NONE:
             offered |= F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
             offered |= F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
         return offered
@@ -118,21 +156,70 @@ class Net(VirtioDevice):
 
     def read_device_config(self) -> bytes:
         mac = bytes.fromhex(self.options.mac.replace(":", ""))
-        return _CONFIG.pack(mac, LINK_UP if self.state.link_up else 0, 1, 0)
+        mtu = USER_MTU if self._kind is LinkKind.USER else 0
+        return _CONFIG.pack(mac, LINK_UP if self.state.link_up else 0, 1, mtu)
 
-    def set_link(self, up: bool) -> None:
-        """Pull the cable out, or put it in."""
+    # The cable.
+
+    def _plug(self, cable: Cable | None) -> None:
+        """This is the cable from now on; None: it is pulled out."""
+        old, self._cable = self._cable, cable
+        if old is not None and self._jack is not None:
+            os.close(old.fd)  # it came through the jack, so it is ours
+        self._tell_offloads()
+        self._tell_link()
+        if self.live:
+            self.ring(self.virtqueues[TX])  # it may have waited for the old one
+
+    def _tell_link(self) -> None:
+        up = self._cable is not None
         if up != self.state.link_up:
             self.state.link_up = up
             self.config_changed()
+
+    def _tell_offloads(self) -> None:
+        if self._cable is not None:
+            taken = (flag for feature, flag in _OFFLOADS.items() if self.negotiated(feature))
+            self._cable.offload(sum(taken))
+
+    def _cut(self, why: Cut) -> None:
+        self.host.log(f"the link is down: {why}")
+        self._plug(None)
+
+    def device_started(self) -> None:
+        self._tell_offloads()
+
+    def device_reset(self) -> None:
+        self._tell_offloads()
+
+    def wake(self) -> None:
+        # After a restore the cable is another one, or there is none.
+        self._tell_offloads()
+        self._tell_link()
+        super().wake()
+
+    def close(self) -> None:
+        if self._jack is not None:
+            if self._cable is not None:
+                os.close(self._cable.fd)
+            self._jack.close()
+            self._jack = self._cable = None
 
     # From the guest.
 
     def serve(self, queue: VirtQueue) -> None:
         if queue.index == RX:
             self._deliver(queue)
-        else:
-            super().serve(queue)
+            return
+        while not self._full():
+            if not self.may_serve():
+                self.ring(queue)
+                return
+            chain = queue.pop()
+            if chain is None:
+                return
+            self.handle(queue, chain)
+            queue.complete(chain)
 
     def handle(self, queue: VirtQueue, chain: Chain) -> None:
         if chain.size < HEADER.size:
@@ -140,63 +227,82 @@ class Net(VirtioDevice):
         header = chain.read(HEADER.size)
         if chain.size > LONGEST:
             self.dropped += 1
-        elif self._fd is not None and self.state.link_up:
-            self._send(self._fd, header, chain.read())
+        elif self._cable is not None:
+            self._send(self._cable, header, chain.read())
 
-    def _send(self, fd: int, header: bytes, frame: bytes) -> None:
-        if self.options.format == "plain":
-            fields = HEADER.unpack(header)
-            if fields[1] != GSO_NONE:  # not negotiated
+    def _send(self, cable: Cable, header: bytes, frame: bytes) -> None:
+        if self._kind is LinkKind.USER:
+            flags, gso, _, _, start, offset, _ = HEADER.unpack(header)
+            if gso != GSO_NONE or len(frame) < SHORTEST:  # not negotiated; no frame
                 self.dropped += 1
                 return
-            if fields[0] & NEEDS_CSUM:
-                frame = complete(frame, fields[4], fields[5])
-            header = b""
+            if flags & NEEDS_CSUM:
+                frame = complete(frame, start, offset)
         try:
-            os.writev(fd, (header, frame))
-        except BlockingIOError:
-            self.dropped += 1  # the other side has no room
-        except OSError:
-            self.set_link(False)
+            if not cable.send(header, frame):
+                self.dropped += 1
+        except Cut as why:
+            self._cut(why)
+
+    def full(self) -> Sequence[int]:
+        return (self._cable.fd,) if self._cable is not None and self._full() else ()
+
+    def _full(self) -> bool:
+        return self._cable is not None and self._cable.full
 
     # To the guest.
 
     def watched(self) -> Sequence[int]:
-        if self._fd is None or not (self.state.link_up and self.live):
-            return ()
-        return (self._fd,) if len(self.state.arrived) < MOST_FRAMES else ()
+        fds: list[int] = []
+        if self._jack is not None and not self._jack.gone:
+            fds.append(self._jack.fd)
+        if self._cable is not None and self.live and self._has_room():
+            fds.append(self._cable.fd)
+        return fds
+
+    def _has_room(self) -> bool:
+        return self._waiting < MOST_BYTES
 
     def ready(self, fd: int) -> None:
-        room = LONGEST + HEADER.size
-        arrived = self.state.arrived
-        while len(arrived) < MOST_FRAMES:
-            try:
-                data = os.read(fd, room + 1)
-            except BlockingIOError:
-                break
-            except OSError:
-                data = b""
-            if not data:
-                self.set_link(False)
-                break
-            if self.options.format == "plain":
-                data = bytes(HEADER.size) + data
-            if HEADER.size < len(data) <= room:
-                arrived.append(data)
+        if self._jack is not None and fd == self._jack.fd:
+            new = self._jack.take()
+            if new is not None:
+                self._plug(new)
+            return
+        cable = self._cable
+        if cable is None:
+            return
+        try:
+            if cable.full:
+                cable.flush()
+                if not cable.full and self.live:
+                    self.ring(self.virtqueues[TX])
+            if self._has_room():
+                self._take_in(cable.receive())
+        except Cut as why:
+            self._cut(why)
+
+    def _take_in(self, packets: Sequence[bytes]) -> None:
+        for packet in packets:
+            if HEADER.size + SHORTEST <= len(packet) <= HEADER.size + LONGEST:
+                self.state.arrived.append(packet)
+                self._waiting += len(packet)
             else:
                 self.dropped += 1
-        if arrived and self.live:
+        if self.state.arrived and self.live:
             self.ring(self.virtqueues[RX])
 
     def _deliver(self, queue: VirtQueue) -> None:
-        arrived = self.state.arrived
-        while arrived:
-            packet = self._for_driver(arrived[0])
-            if packet is None:
+        arrived, done = self.state.arrived, 0
+        for packet in arrived:
+            taken = self._for_driver(packet)
+            if taken is None:
                 self.dropped += 1
-            elif not self._put(queue, packet):
-                return
-            del arrived[0]
+            elif not self._put(queue, taken):
+                break
+            done += 1
+        del arrived[:done]
+        self._waiting = sum(map(len, arrived))
 
     def _for_driver(self, packet: bytes) -> bytes | None:
         """The frame as this driver takes it: the header says nothing that it did not agree to."""
@@ -249,10 +355,14 @@ class Net(VirtioDevice):
     def validate(self, state: Any) -> None:
         super().validate(state)
         sizes = [len(packet) for packet in state.arrived]
-        if len(sizes) > MOST_FRAMES or any(
-            not HEADER.size < size <= LONGEST + HEADER.size for size in sizes
+        if sum(sizes) > MOST_BYTES + _MOST_AT_ONCE or any(
+            not HEADER.size + SHORTEST <= size <= HEADER.size + LONGEST for size in sizes
         ):
             raise ValueError("more or longer frames than a link has")
+
+    def restored(self) -> None:
+        super().restored()
+        self._waiting = sum(map(len, self.state.arrived))
 
 
 def complete(frame: bytes, start: int, offset: int) -> bytes:

@@ -22,6 +22,7 @@ from proxy.jail.plan import JailError, JailMode, JailPlan, JailUnavailable
 from proxy.jail.policy import OnViolation, Policy, Rule, policy_for
 from proxy.jail.probe import plan_jail, try_jail
 from proxy.jail.rights import Rights, rights_of
+from proxy.jail.shared import SharedDirectory
 
 __all__ = [
     "JailError",
@@ -36,6 +37,7 @@ __all__ = [
     "Policy",
     "Rights",
     "Rule",
+    "SharedDirectory",
     "enter_jail",
     "fork_into_jail",
     "layers",

@@ -18,6 +18,7 @@ from proxy.jail import linux, verify
 from proxy.jail.layers import LAYERS, JailReport, LayerReport, LayerState
 from proxy.jail.plan import NAMESPACES, JailError, JailMode, JailPlan
 from proxy.jail.policy import OnViolation, Policy
+from proxy.jail.shared import SharedDirectory
 
 _DEVICE_UIDS = 0x6A00_0000
 """As root, device user ids are this plus the process id: no account, and no two alike."""
@@ -100,6 +101,7 @@ def enter_jail(
     policy: Policy,
     keep_fds: Iterable[int],
     notify: Callable[[int], None],
+    shared: SharedDirectory | None = None,
 ) -> JailReport:
     """Put up every layer of the plan around this process, a child of `fork_into_jail`.
 
@@ -112,6 +114,7 @@ def enter_jail(
         notify: called with the seccomp listener right after the filter is in force, to send it
             to the supervisor (sendmsg is allowed); it is closed here afterwards. Not called if
             the plan lacks "notify", the policy denies, or the jail is off.
+        shared: the directory that it may use; None: no file at all.
 
     All modules that the device will import must be imported before. Python objects that own
     descriptors outside `keep_fds` must not be used or finalised afterwards.
@@ -120,7 +123,7 @@ def enter_jail(
         JailError: a layer could not be put up or did not hold; end the process.
     """
     started = time.perf_counter_ns()
-    entry = _Entry(plan, policy, frozenset(keep_fds))
+    entry = _Entry(plan, policy, frozenset(keep_fds), shared)
     if plan.mode is JailMode.OFF:
         entry.close_descriptors({0, 1, 2})
         entry.die_with_parent()
@@ -153,10 +156,17 @@ def _layer(name: str) -> Iterator[None]:
 class _Entry:
     """One process on its way in: what it found of each layer is kept in `details`."""
 
-    def __init__(self, plan: JailPlan, policy: Policy, keep_fds: frozenset[int]) -> None:
+    def __init__(
+        self,
+        plan: JailPlan,
+        policy: Policy,
+        keep_fds: frozenset[int],
+        shared: SharedDirectory | None,
+    ) -> None:
         self.plan = plan
         self.policy = policy
         self.keep_fds = keep_fds
+        self.shared = shared
         self.details: dict[str, str] = {}
         self.mapped = 0  # bytes of address space
 
@@ -173,6 +183,8 @@ class _Entry:
             self.measure()  # while there is a /proc
         if has("session"):
             self.leave_session()
+        if self.shared is not None and has("root"):
+            self.stand_in(self.shared)
         if has("uid"):
             self.leave_root_user()
         self.unshare()
@@ -224,13 +236,18 @@ class _Entry:
     # Who it is.
 
     def leave_root_user(self) -> None:
-        """As root: become a user who owns nothing, keeping capabilities for the steps to come."""
+        """As root: become a user who owns nothing, or the owner of the directory that it shares.
+
+        Capabilities stay for the steps to come.
+        """
         with _layer("uid"):
             if os.geteuid() == 0:
                 if linux.has_capability(linux.CAP_SETPCAP):
                     linux.prctl(linux.PR_SET_SECUREBITS, linux.SECBIT_NO_SETUID_FIXUP)
                 os.setgroups([])
-                _become(_DEVICE_UIDS + _host_pid(), _NOBODY)
+                unowned = _DEVICE_UIDS + _host_pid()
+                owner = self.shared.owner() if self.shared is not None else None
+                _become(owner or (unowned, unowned), (_NOBODY, _NOBODY))
                 # The change made /proc/self unwritable; the id maps are written there.
                 linux.prctl(linux.PR_SET_DUMPABLE, 1)
             self.details["uid"] = verify.user()
@@ -285,11 +302,20 @@ class _Entry:
                 finally:
                     os.close(fd)
 
+    def stand_in(self, shared: SharedDirectory) -> None:
+        """Be in the directory that is to be the root, and make files in it with their own modes."""
+        with _layer("root"):
+            os.fchdir(shared.fd)
+            os.umask(0)
+
     def empty_root(self) -> None:
         with _layer("root"):
             # Where mounts are shared, nothing of what follows may reach the host.
             linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE, None)
             place = next(p for p in _MOUNT_POINTS if os.path.isdir(p))
+            if self.shared is not None:
+                self.details["root"] = self.shared.make_root(place)
+                return
             linux.mount("jail", place, "tmpfs", _SEALED, "size=4k,nr_inodes=1,mode=555")
             os.chdir(place)
             linux.pivot_root(".", ".")
@@ -310,8 +336,11 @@ class _Entry:
 
     def restrict_access(self) -> None:
         with _layer("landlock"):
-            linux.landlock_deny_all(self.plan.landlock_abi)
-            self.details["landlock"] = verify.landlock(self.plan.landlock_abi)
+            abi, shared = self.plan.landlock_abi, self.shared
+            but = (shared.fd, shared.landlock_rights()) if shared is not None else None
+            linux.landlock_deny_all(abi, but)
+            files = shared.verify_landlock() if shared is not None else verify.landlock_files()
+            self.details["landlock"] = verify.landlock(abi, files)
 
     def die_with_parent(self) -> None:
         global _parent_pidfd
@@ -356,14 +385,14 @@ def _host_pid() -> int:
     return int(os.readlink("/proc/self"))
 
 
-def _become(*candidates: int) -> None:
-    """Take the first of these ids that this host maps, as user and as group."""
-    for number in candidates:
+def _become(*candidates: tuple[int, int]) -> None:
+    """Take the first of these (user, group) that this host maps."""
+    for user, group in candidates:
         try:
-            os.setresgid(number, number, number)
-            os.setresuid(number, number, number)
+            os.setresgid(group, group, group)
+            os.setresuid(user, user, user)
         except OSError:
-            if number == candidates[-1]:
+            if (user, group) == candidates[-1]:
                 raise
         else:
             return

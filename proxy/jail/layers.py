@@ -54,19 +54,19 @@ LAYERS: Final[tuple[Layer, ...]] = (
     Layer("utsns", "a UTS namespace: cannot rename the host", mend=_USERNS_MEND),
     Layer(
         "root",
-        "an empty read-only root directory; the host's files are not there",
+        "an empty read-only root directory, or the one that it shares; no other file is there",
         mend=_USERNS_MEND,
     ),
     Layer(
         "uid",
-        "never root: a machine started by root gives each device a user id that owns nothing",
+        "never root: started by root, it is a user who owns nothing, or what it shares",
         mend="start the machine as an ordinary user, or give it CAP_SETUID and CAP_SETGID",
     ),
     Layer("rlimits", "small limits: descriptors, processes, memory, files, cores", floor=True),
     Layer("nnp", "no_new_privs: nothing that it runs can gain privileges", floor=True),
     Layer(
         "landlock",
-        "no file, TCP port, foreign signal or abstract socket can be opened or reached",
+        "no file but of what it shares, TCP port, foreign signal, abstract socket is reached",
         mend="use a kernel 5.13 or later with landlock in its lsm= list",
     ),
     Layer("caps", "no capability in any set", floor=True),

@@ -29,7 +29,9 @@ _PIVOT_ROOT: Final = 155 if IS_X86_64 else 41
 _CAPGET: Final = 125 if IS_X86_64 else 90
 _CAPSET: Final = 126 if IS_X86_64 else 91
 _CLOSE_RANGE: Final = 436
+_MOUNT_SETATTR: Final = 442
 _LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_ADD_RULE: Final = 445
 _LANDLOCK_RESTRICT_SELF: Final = 446
 
 # linux/sched.h
@@ -73,9 +75,15 @@ MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
+MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2
+MOUNT_ATTR_RDONLY: Final = 1
+MOUNT_ATTR_NOSUID: Final = 2
+MOUNT_ATTR_NODEV: Final = 4
+MOUNT_ATTR_NOEXEC: Final = 8
+_AT_RECURSIVE: Final = 0x8000  # linux/fcntl.h
 
 # linux/seccomp.h
 SECCOMP_SET_MODE_FILTER: Final = 1
@@ -88,9 +96,15 @@ _SIZEOF_SECCOMP_NOTIF: Final = 80
 
 # linux/landlock.h: all rights of each version of the interface
 LANDLOCK_ACCESS_FS: Final = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
+LANDLOCK_READ: Final = 0b1100
+"""Of them: read files, list directories."""
+LANDLOCK_WRITE: Final = 0b0111_0111_1011_0010
+"""Of them: write and truncate files, make and remove all but device nodes, move between
+directories. Not among either: run programs, ioctl on device nodes."""
 LANDLOCK_ACCESS_NET: Final = 0b11
 LANDLOCK_SCOPES: Final = 0b11
 _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
+_LANDLOCK_RULE_PATH_BENEATH: Final = 1
 
 
 class _SockFprog(ctypes.Structure):
@@ -139,6 +153,13 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 def umount2(target: str, flags: int) -> None:
     """umount2(2)."""
     _check(_libc.umount2(target.encode(), ctypes.c_int(flags)), f"umount {target}")
+
+
+def mount_setattr(target: str, attributes: int) -> None:
+    """mount_setattr(2), kernel 5.12 and up: add attributes to a mount and all beneath it."""
+    wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    path, size = target.encode(), len(wanted)
+    syscall("mount_setattr", _MOUNT_SETATTR, -100, path, _AT_RECURSIVE, wanted, size)
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
@@ -263,8 +284,12 @@ def landlock_abi() -> int:
         return 0
 
 
-def landlock_deny_all(abi: int) -> None:
-    """Forbid this process all that version `abi` of Landlock can forbid; needs no_new_privs."""
+def landlock_deny_all(abi: int, but: tuple[int, int] | None = None) -> None:
+    """Forbid this process all that version `abi` of Landlock can forbid; needs no_new_privs.
+
+    Args:
+        but: (descriptor of a directory, rights): what stays permitted beneath it.
+    """
     fs = LANDLOCK_ACCESS_FS[min(abi, max(LANDLOCK_ACCESS_FS))]
     net = LANDLOCK_ACCESS_NET if abi >= 4 else 0
     scoped = LANDLOCK_SCOPES if abi >= 6 else 0
@@ -272,6 +297,9 @@ def landlock_deny_all(abi: int) -> None:
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = syscall("landlock", _LANDLOCK_CREATE_RULESET, attributes, size, 0)
     try:
+        if but is not None:
+            rule = struct.pack("=Qi", but[1] & fs, but[0])
+            syscall("landlock", _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0)
         syscall("landlock", _LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)

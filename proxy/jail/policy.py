@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import signal
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -21,6 +23,8 @@ _F_GETFL: Final = 3
 _AT_EMPTY_PATH: Final = 0x1000
 _PUNCH_HOLE: Final = 0x2 | 0x1  # with KEEP_SIZE, linux/falloc.h
 _ZERO_RANGE: Final = 0x10 | 0x1  # the same
+_TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
+_S_IFMT: Final = 0o170000
 _ANY_SIZE: Final = 1 << 62
 
 
@@ -52,6 +56,7 @@ class Rule:
         args: all of these must hold; several rules for one call are alternatives.
         scope: where this line holds; elsewhere it is left out.
         refuse: not 0: the call fails with this error instead, and that is no violation.
+        changes: it changes files; left out for a device whose directory is read-only.
     """
 
     syscall: str
@@ -59,6 +64,7 @@ class Rule:
     args: tuple[Arg, ...] = ()
     scope: Scope = Scope.ALWAYS
     refuse: int = 0
+    changes: bool = False
 
 
 class OnViolation(StrEnum):
@@ -96,9 +102,17 @@ class Policy:
     locked_memory: int = 0
     on_violation: OnViolation = OnViolation.KILL
 
+    def reading(self) -> Policy:
+        """The same without what changes files."""
+        return replace(self, extra=tuple(rule for rule in self.extra if not rule.changes))
+
 
 def _each(reason: str, names: str, scope: Scope = Scope.ALWAYS) -> tuple[Rule, ...]:
     return tuple(Rule(name, reason, scope=scope) for name in names.split())
+
+
+def _changing(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    return tuple(replace(rule, changes=True) for rule in rules)
 
 
 COMMON: Final[tuple[Rule, ...]] = (
@@ -144,13 +158,17 @@ COMMON: Final[tuple[Rule, ...]] = (
 )
 """What the child loop of every device needs: CPython, the C library, the tube."""
 
+_VECTORS: Final = (
+    *_each("several pieces of guest memory at one place of a file", "preadv pwritev"),
+    *(
+        Rule(name, "what the interpreter calls for the same, without flags", (Arg(5, 0),))
+        for name in ("preadv2", "pwritev2")
+    ),
+)
+
 DISK: Final = Policy(
     extra=(
-        *_each("several pieces of guest memory at one place of its file", "preadv pwritev"),
-        *(
-            Rule(name, "what the interpreter calls for the same, without flags", (Arg(5, 0),))
-            for name in ("preadv2", "pwritev2")
-        ),
+        *_VECTORS,
         *_each("a flush that the guest asked for", "fdatasync"),
         Rule("fallocate", "discard: a hole, its file stays as long", (Arg(1, _PUNCH_HOLE),)),
         Rule("fallocate", "write zeroes, its file stays as long", (Arg(1, _ZERO_RANGE),)),
@@ -159,7 +177,38 @@ DISK: Final = Policy(
 )
 """Of a model whose requests are reads and writes of one file that the machine opened."""
 
+DIRECTORY: Final = Policy(
+    extra=(
+        *_VECTORS,
+        *_each("opening what lies beneath its directory", "openat2"),
+        Rule("statx", "what a descriptor is of", (Arg(2, _AT_EMPTY_PATH),), Scope.HOST_ROOT),
+        *_each("the same, and what its root is", "statx", Scope.EMPTY_ROOT),
+        *_each("listing a directory, asking for free space", "getdents64 fstatfs"),
+        *_each("reading a link", "readlinkat"),
+        *_each("which of the files are its own", "geteuid getegid"),
+        *_each("what was written is to be on the disk", "fsync fdatasync dup"),
+        *_changing(
+            (
+                *_each("making files, and their names", "mkdirat symlinkat linkat"),
+                *(
+                    Rule("mknodat", "a file, FIFO or socket", (Arg(2, kind, _S_IFMT),))
+                    for kind in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
+                ),
+                *_each("removing and moving them", "unlinkat renameat"),
+                Rule("renameat2", "the same where it is the only one", (Arg(4, 0),)),
+                *_each("size, mode and times of an open file", "ftruncate fchmod"),
+                Rule("utimensat", "times of an open file", (Arg(1, 0),), Scope.HOST_ROOT),
+                *_each("of what cannot be opened", "utimensat fchmodat", Scope.EMPTY_ROOT),
+            )
+        ),
+    ),
+    open_files=4096 + 64,
+    file_size=_ANY_SIZE,
+)
+"""Of a model that shares a directory; what is named by a path is held in it by other layers."""
+
 _OWN: Final[dict[str, Policy]] = {
+    "9p": DIRECTORY,
     "blk": DISK,
     "console": Policy(
         extra=(
@@ -167,6 +216,9 @@ _OWN: Final[dict[str, Policy]] = {
             Rule("pwritev2", "what the interpreter calls for the same", (Arg(5, 0),)),
         ),
         file_size=_ANY_SIZE,
+    ),
+    "net": Policy(
+        extra=(Rule("ioctl", "tells its tap what the driver takes", (Arg(1, _TUNSETOFFLOAD),)),),
     ),
     "serial": Policy(),
     "echo": Policy(),

@@ -96,8 +96,8 @@ def no_new_privs() -> str:
     return "bit set"
 
 
-def landlock(abi: int) -> str:
-    """The root directory and, where the version has it, a TCP port are refused."""
+def landlock_files() -> str:
+    """The root directory is refused."""
     try:
         os.close(os.open("/", os.O_RDONLY | os.O_DIRECTORY))
     except OSError as error:
@@ -105,7 +105,12 @@ def landlock(abi: int) -> str:
             raise
     else:
         raise JailError("landlock", "the root directory could be opened")
-    covers = ["files"]
+    return "files"
+
+
+def landlock(abi: int, files: str) -> str:
+    """Where the version has it, a TCP port is refused; `files` is what was found of files."""
+    covers = [files]
     if abi >= 4:
         covers.append("TCP")
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

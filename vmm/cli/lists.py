@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxy.jail import Policy
+    from vmm.config import DeviceConfig
 
 
 def guests(args: argparse.Namespace) -> int:
@@ -62,11 +67,22 @@ def devices(args: argparse.Namespace) -> int:
     return 0
 
 
+def _policy(device: DeviceConfig) -> Policy:
+    """What a device's process may ask of the kernel."""
+    from devices import registry
+    from devices.files import directories
+    from proxy.jail import policy_for
+
+    options = registry.parse_options(registry.load(device.model), device.options)
+    policy = policy_for(device.model)
+    return policy if all(directories(options).values()) else policy.reading()
+
+
 def jail(args: argparse.Namespace) -> int:
     """``python -m vmm jail``."""
     import msgspec
 
-    from proxy.jail import JailMode, JailReport, policy_for, report_data, report_table, rights_of
+    from proxy.jail import JailMode, JailReport, report_data, report_table, rights_of
     from vmm.cli.output import clean
     from vmm.config import MachineConfig, default_devices, parse_device
     from vmm.machine import Machine
@@ -82,7 +98,7 @@ def jail(args: argparse.Namespace) -> int:
         }
         rights = {
             proxy.name: rights_of(
-                policy_for(parts.wiring.attached[proxy.name].config.model),
+                _policy(parts.wiring.attached[proxy.name].config),
                 reports[proxy.name],
                 parts.host_files.held.get(proxy.name, []),
                 parts.memory.size if proxy.maps_memory else 0,

@@ -12,9 +12,13 @@
     [[disk]]
     file = "root.img"
 
+    [[net]]
+    link = "user"
+    forward = ["tcp:8080:80"]
+
 A key is an option's name without the dashes; ``image`` is the guest. What may be repeated on the
-command line is a list; devices and disks are tables or texts. The command line wins over the file,
-and adds to its lists. Paths are meant as on the command line.
+command line is a list; devices, disks and network cards are tables or texts. The command line wins
+over the file, and adds to its lists. Paths are meant as on the command line.
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ from vmm.cli.files import read_file
 _HEADER = re.compile(r"\s*\[+\s*\"?([\w-]+)")
 _KEY = re.compile(r"\s*\"?([\w-]+)\"?\s*[.=]")
 _NOT_IN_A_FILE = ("help", "config")
-TABLES = ("device", "disk")
+TABLES = ("device", "disk", "net")
 """What may be given as a table: ``[[device]]``."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A device or disk as a table of the file.
+    """A device, disk or network card as a table of the file.
 
     Attributes:
         file: for messages.

@@ -139,6 +139,15 @@ def add_boot(commands: Any) -> None:
         "serial=TEXT, queues=N, name=, slot=; may be repeated",
     )
     image.add_argument(
+        "--net",
+        metavar="LINK[,OPTION=VALUE]...",
+        action="append",
+        default=[],
+        help="a network card: user (no privileges needed; forward=tcp:8080:80 lets port 8080 of "
+        "this host lead to the guest's 80), pair:NAME (a cable to another machine), tap:NAME, "
+        "none; mac=, name=, slot=; may be repeated (default: none)",
+    )
+    image.add_argument(
         "--no-default-devices",
         action="store_true",
         help="only what --device names (and the debug-exit port)",

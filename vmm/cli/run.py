@@ -13,6 +13,7 @@ from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
 from vmm.cli.disks import disks
 from vmm.cli.files import read_file
 from vmm.cli.machine_file import Table
+from vmm.cli.nets import nets
 from vmm.cli.output import clean, disk_progress
 from vmm.cli.session import Session, SnapshotPlan
 from vmm.config import (
@@ -54,6 +55,7 @@ def boot(args: argparse.Namespace) -> int:
     for given in args.device:
         devices.append(_device(given, [device.name for device in devices]))
     devices += disks(args.disk, [device.name for device in devices])
+    devices += nets(args.net, [device.name for device in devices])
     config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock), len(rom))
     with Machine(config, host=_host_options(args)) as machine:
         if rom:
