@@ -219,3 +219,19 @@ def test_an_nmi_in_a_shadow_is_delivered_soon(clock: str, monkeypatch: pytest.Mo
         machine.parts.board.irqchip.set_nmi(True)
         assert machine.run(timeout=20).ending is Ending.CRASHED
         assert looks == [WINDOW_SECONDS]
+
+
+def test_a_pending_interrupt_is_offered_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine(memory="16M", devices=()) as machine:
+        machine.boot(b"\xeb\xfe")  # for ever; there is no handler, so it is a triple fault
+        parts = machine.parts
+        answers, looks = iter([False]), []
+        look_within = parts.events.look_within
+        monkeypatch.setattr(
+            parts.events, "look_within", lambda s: looks.append(s) or look_within(s)
+        )
+        monkeypatch.setattr(parts.cpu, "interruptible", lambda: next(answers, True))
+        monkeypatch.setattr(parts.board.irqchip, "pending", lambda: True)
+        monkeypatch.setattr(parts.board.irqchip, "acknowledge", lambda: 0x20)
+        assert machine.run(timeout=20).ending is Ending.CRASHED
+        assert looks[0] == WINDOW_SECONDS
