@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -187,6 +188,14 @@ def test_a_kick_after_the_end_touches_nothing(monkeypatch: pytest.MonkeyPatch) -
     bench.cpu.kick()
     bench.cpu.stop_now()
     assert not touched
+
+
+def test_it_is_found_at_the_end_of_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of the CPU's structure goes beyond it, where there may be no memory."""
+    pread, places = os.pread, leaving._places()
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 0x9000), at))
+    leaving._places.cache_clear()
+    assert leaving._places() == places
 
 
 def test_where_it_cannot_be_seen_blocks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

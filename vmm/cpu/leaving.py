@@ -178,10 +178,14 @@ class _Laboratory:
         """Among what the engine points to, the structure that holds the CPU's registers."""
         self._engine.write(REG.UC_X86_REG_RBX, _MARK)
         mark = struct.pack("<Q", _MARK)
-        for offset, (address,) in enumerate(struct.iter_unpack("<Q", self._own())):
-            if mark in self._read(address):
-                return 8 * offset, address
-        raise LookupError("the engine does not point to its CPU")
+        found = [
+            (8 * offset, address)
+            for offset, (address,) in enumerate(struct.iter_unpack("<Q", self._own()))
+            if mark in self._read(address)
+        ]
+        if len(found) != 1:  # another may lie a little before the CPU, at a distance of this day
+            raise LookupError("the engine does not point to its CPU alone")
+        return found[0]
 
     def _find_halted(self, cpu: int) -> int:
         """The word that is 1 after each run that ended by HLT and 0 after each that did not."""
@@ -207,9 +211,8 @@ class _Laboratory:
 
         self._run(_ACCESS, stop, 4)
         before, after = seen
-        changed = {
-            at: (before[at], after[at]) for at in range(_CPU_BYTES) if before[at] != after[at]
-        }
+        pairs = enumerate(zip(before, after, strict=True))
+        changed = {at: pair for at, pair in pairs if pair[0] != pair[1]}
         flags = [at for at, change in changed.items() if change == (0, 1)]
         count = [at for at, change in changed.items() if change == (0, 0xFF)]
         if len(flags) not in (1, 2) or len(count) != 2 or len(changed) != len(flags) + 2:
@@ -256,14 +259,16 @@ class _Laboratory:
         return ctypes.string_at(self._engine.handle or 0, _SEARCHED)
 
     def _read(self, address: int) -> bytes:
-        """Memory of ours that may not be there: read through the kernel, it cannot crash us."""
+        """Memory of ours that may not be there: read through the kernel, it cannot crash us.
+
+        Less than `_CPU_BYTES` where the memory ends before: the CPU is somewhat smaller.
+        """
         if address % 8 or not 1 << 12 <= address < 1 << 47:
             return b""
         try:
-            data = os.pread(self._process, _CPU_BYTES, address)
+            return os.pread(self._process, _CPU_BYTES, address)
         except OSError:
             return b""
-        return data if len(data) == _CPU_BYTES else b""
 
 
 def _only(candidates: set[int]) -> int:
