@@ -5,6 +5,7 @@ Every handler is one HLT, so `Bench.vector` tells which one was entered.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -822,3 +823,17 @@ def test_user_page_fault_error_codes() -> None:
             after = bench.cpu.get_state()
             assert after.cr2 == state.gpr[3]
             assert bench.words(after.gpr[4], 1) == [error]
+
+
+@pytest.mark.parametrize("mode", ["long", "protected"])
+def test_one_fault_after_another_is_no_double_fault(mode: str) -> None:
+    """The engine remembers the last one until it is told that it was delivered."""
+    with Bench() as bench:
+        state = getattr(bench, mode)()
+        state.gpr[0] = 0xFFF8
+        back = struct.pack("<i", CODE - (HANDLERS + 13 + 13))
+        # #GP: add ecx, 1; cmp ecx, 3; je end; jmp CODE; end: hlt
+        bench.memory.write(HANDLERS + 13, bytes.fromhex("83c101 83f903 7405 e9") + back + b"\xf4")
+        assert bench.run(state, b"\x8e\xd8").reason is StopReason.HALT  # mov ds, ax
+        after = bench.cpu.get_state()
+        assert (after.gpr[1], after.rip) == (3, HANDLERS + 13 + 14)

@@ -424,3 +424,22 @@ def test_translate_and_read_linear() -> None:
         assert bench.cpu.read_linear(0x20_0FF4, 100) == b"456789abcdef"
         assert bench.cpu.read_linear(MMIO, 4) == b""
         assert bench.cpu.read_linear(KERNEL_STACK - 8, 16) == bytes(16)
+
+
+def test_a_gate_that_closes_in_a_run_is_obeyed_at_once() -> None:
+    """Although the translation of the page behind it has just been used."""
+    with Bench() as bench:
+        bench.ports.on_write = lambda _offset, _size, value: bench.cpu.set_a20(bool(value))
+        bench.memory.write(0x500, b"\x11")
+        bench.memory.write(0x100500, b"\x22")
+        state = bench.protected()
+        state.gpr[6], state.gpr[7] = 0x100500, PORT
+        code = bytes.fromhex(
+            # mov edx, edi; mov bl, [rsi]; mov al, 0; out dx, al; jmp next; mov bh, [rsi]
+            "89fa8a1eb000eeeb008a3e"
+            # mov al, 1; out dx, al; jmp next; mov cl, [rsi]; hlt
+            "b001eeeb008a0ef4"
+        )
+        assert bench.run(state, code).reason is StopReason.HALT
+        gpr = bench.cpu.get_state().gpr
+        assert (gpr[3] & 0xFFFF, gpr[1] & 0xFF) == (0x1122, 0x22)

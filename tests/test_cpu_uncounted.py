@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 from cpu_bench import CODE, Bench
 from test_cpu_run import COUNT, COUNTER, assert_exact, counting
 
-from vmm.cpu import engine, leaving
+from vmm.cpu import engine, leaving, virq
 from vmm.cpu.accelerator import available
 from vmm.cpu.engine import StopReason
 from vmm.cpu.native import load
@@ -210,6 +211,16 @@ def test_a_kick_after_the_end_touches_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert not touched
 
 
+def test_it_is_found_at_the_end_of_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of the CPU's structure goes beyond it, where there may be no memory."""
+    pread, found = os.pread, (leaving.places(), virq.fields())
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 0xA000), at))
+    leaving.places.cache_clear()
+    virq.fields.cache_clear()
+    assert (leaving.places(), virq.fields()) == found
+    assert None not in found
+
+
 def test_where_it_cannot_be_seen_blocks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "places", lambda: None)
     with Bench(counts=False) as bench:
@@ -240,3 +251,20 @@ def test_an_nmi_in_a_shadow_is_delivered_soon(clock: str, monkeypatch: pytest.Mo
         machine.parts.board.irqchip.set_nmi(True)
         assert machine.run(timeout=20).ending is Ending.CRASHED
         assert looks == [WINDOW_SECONDS]
+
+
+def test_a_pending_interrupt_is_offered_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine(memory="16M", devices=()) as machine:
+        machine.boot(b"\xeb\xfe")  # for ever; there is no handler, so it is a triple fault
+        parts = machine.parts
+        parts.cpu._virq = None  # as where the engine does not deliver by itself
+        answers, looks = iter([False]), []
+        look_within = parts.events.look_within
+        monkeypatch.setattr(
+            parts.events, "look_within", lambda s: looks.append(s) or look_within(s)
+        )
+        monkeypatch.setattr(parts.cpu, "interruptible", lambda: next(answers, True))
+        monkeypatch.setattr(parts.board.irqchip, "pending", lambda: True)
+        monkeypatch.setattr(parts.board.irqchip, "acknowledge", lambda: 0x20)
+        assert machine.run(timeout=20).ending is Ending.CRASHED
+        assert looks[0] == WINDOW_SECONDS

@@ -89,3 +89,22 @@ def test_cancelled_timers_do_not_run(loop: EventLoop) -> None:
     timer = loop.call_at(monotonic(), lambda: pytest.fail("cancelled"))
     timer.cancel()
     assert not loop.poll(0.0)
+
+
+def test_a_kick_that_was_not_heard_is_repeated() -> None:
+    kicks, heard = [], threading.Event()
+
+    def kick() -> None:
+        kicks.append(1)
+        if len(kicks) == 3:
+            heard.set()
+
+    loop = EventLoop(kick, lambda: not heard.is_set())
+    try:
+        loop.watch()
+        loop.interrupt()
+        assert heard.wait(20)
+    finally:
+        heard.set()
+        loop.close()
+    assert len(kicks) == 3

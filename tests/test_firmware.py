@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cli_rig import run
 
 from devices.errors import UserError
 from vmm.boot.options import BootOptions, Mode
@@ -36,6 +37,21 @@ def test_seabios_runs_to_its_end() -> None:
         assert said.startswith(b"SeaBIOS (version ")
         assert b"ACPI: parse DSDT" in said
         assert b"Found 1 serial ports" in said
+
+
+@needs_seabios
+def test_seabios_boots_from_a_disk(tmp_path: Path) -> None:
+    """Its boot sector asks the BIOS for the next sector and exits with the first byte of it."""
+    code = bytes.fromhex(
+        # xor ax, ax; mov ds, ax; mov es, ax; mov ax, 0x201; mov cx, 2; mov dh, 0; mov bx, 0x7e00
+        "31c08ed88ec0b80102b90200b600bb007e"
+        # int 0x13; mov al, [0x7e00]; out 0xf4, al; cli; hlt
+        "cd13a0007ee6f4faf4"
+    )
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + b"\x2a" * 512 + bytes(1 << 20))
+    status, _, err = run("boot", "--firmware", str(SEABIOS), "--disk", str(disk), "--timeout", "60")
+    assert status == 0x2A << 1 | 1, err
 
 
 @needs_seabios

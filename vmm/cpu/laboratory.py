@@ -20,7 +20,10 @@ from vmm.cpu.library import Engine
 ENGINE_BYTES = 4096
 """Bytes of the engine's structure that are looked at."""
 CPU_BYTES = 48 << 10
-"""Bytes of the CPU's structure; it begins with a cache of 4096 pointers."""
+"""More than the CPU's structure has; a cache of 4096 pointers lies near its beginning."""
+_CACHE = 4096 * 8
+_HEAD = 128
+"""Pointers in front of that cache that are looked at."""
 
 
 class Laboratory:
@@ -46,14 +49,16 @@ class Laboratory:
         return ctypes.string_at(self.engine.handle or 0, ENGINE_BYTES)
 
     def read(self, address: int, size: int = CPU_BYTES) -> bytes:
-        """Memory of ours that may not be there: read through the kernel, it cannot crash us."""
+        """Memory of ours that may not be there: read through the kernel, it cannot crash us.
+
+        Less than `size` where the memory ends before.
+        """
         if address % 4 or not 1 << 12 <= address < 1 << 47:
             return b""
         try:
-            data = os.pread(self._process, size, address)
+            return os.pread(self._process, size, address)
         except OSError:
             return b""
-        return data if len(data) == size else b""
 
     def find_cpu(self, pattern: bytes, elsewhere: int = 0) -> tuple[int, int, int]:
         """The structure with `pattern`, which was put into the CPU's registers.
@@ -66,8 +71,13 @@ class Laboratory:
         """
         found = []
         for offset, (address,) in enumerate(struct.iter_unpack("<Q", self.own())):
-            where = self.read(address).find(pattern)
-            if where >= 0 and address + where != elsewhere:
+            data = self.read(address)
+            where = data.find(pattern)
+            if where < _CACHE or address + where == elsewhere:
+                continue
+            # It begins with a pointer to its own registers; what lies a little before it does not.
+            own = struct.unpack_from(f"<{_HEAD}Q", data)
+            if any(address + _CACHE <= each <= address + where for each in own):
                 found.append((8 * offset, address, where))
         if len(found) != 1:
             raise LookupError("the engine does not point to its CPU, or to several")
