@@ -307,4 +307,6 @@ def test_a_machine_counts_interrupts_either_way(clock: str) -> None:
         machine.boot(code, BootOptions(mode=16))
         assert machine.run(timeout=60).ending is Ending.HALTED
         assert machine.parts.cpu.delivers is (clock == "real")
-        assert machine.parts.vcpu.stats.interrupts == 200
+        # Where the host is late, two may come for one HLT.
+        taken = machine.parts.vcpu.stats.interrupts
+        assert taken == 200 if clock == "virtual" else taken >= 200
