@@ -24,6 +24,7 @@ MODELS: dict[str, str] = {
     "config-space": "devices.pci.config_space:ConfigSpaceDevice",
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
+    "ata": "devices.ata.controller:Ata",
     "balloon": "devices.virtio.balloon:Balloon",
     "blk": "devices.virtio.blk:Blk",
     "console": "devices.virtio.console:Console",

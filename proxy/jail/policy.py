@@ -157,9 +157,10 @@ DISK: Final = Policy(
     ),
     file_size=_ANY_SIZE,
 )
-"""Of a model whose requests are reads and writes of one file that the machine opened."""
+"""Of a model whose requests are reads and writes of files that the machine opened."""
 
 _OWN: Final[dict[str, Policy]] = {
+    "ata": DISK,
     "blk": DISK,
     "console": Policy(
         extra=(
