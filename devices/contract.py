@@ -45,7 +45,8 @@ class Region:
         start: where the machine puts it unless its configuration says otherwise; None when only
             the guest decides (a PCI BAR).
         irq: the ISA interrupt line that the device's pin is wired to unless the machine's
-            configuration says otherwise; None: no line, or one that PCI routes.
+            configuration says otherwise; None: no line, or one that PCI routes. If several regions
+            have one, pin 0 is that of the first, pin 1 of the second.
         synced: the guest goes on after a write only when the device has carried it out, with all
             that it told the machine on the way; other writes may be posted.
     """

@@ -25,6 +25,7 @@ MODELS: dict[str, str] = {
     "pci-bridge": "devices.pci.bridge:PciBridge",
     "debug-exit": "devices.debug_exit:DebugExit",
     "9p": "devices.virtio.p9.device:P9",
+    "ata": "devices.ata.controller:Ata",
     "balloon": "devices.virtio.balloon:Balloon",
     "blk": "devices.virtio.blk:Blk",
     "console": "devices.virtio.console:Console",

@@ -51,6 +51,7 @@ MODULES = (
     "pvpanic_pci",
     "ata_piix",
     "ata_generic",
+    "sd_mod",
 )
 """Kernel modules that the initramfs has, if the kernel does; what a guest's devices need of them
 is loaded at boot."""
@@ -71,6 +72,29 @@ if [ -d /lib/modules ]; then
     for round in 1 2; do
         modprobe -qab $(find /sys/devices -name modalias -exec sort -u {{}} +) 2>/dev/null
     done
+fi
+mode=ro root= rootfstype= rootflags= init=/sbin/init
+for word in $(cat /proc/cmdline); do
+    case $word in
+    ro|rw) mode=$word ;;
+    root=*|rootfstype=*|rootflags=*|init=*) export "$word" ;;
+    esac
+done
+if [ "$root" ]; then
+    case $root in *=*) root=$(findfs "$root") ;; esac
+    # Drivers find disks in their own time.
+    for try in 1 2 3 4 5 6 7 8 9 10; do
+        [ -b "$root" ] && break
+        sleep 0.5
+    done
+    mkdir /root-disk
+    flags=$mode${{rootflags:+,$rootflags}}
+    if mount -o "$flags" ${{rootfstype:+-t "$rootfstype"}} "$root" /root-disk; then
+        umount /proc /sys
+        mount -o move /dev /root-disk/dev
+        exec switch_root /root-disk "$init"
+    fi
+    echo "linux-guest: no root file system on $root"
 fi
 echo '{READY}'
 # An init of its own starts the shell: what this one starts beside itself ignores Ctrl-C for ever.

@@ -43,7 +43,9 @@ class Board:
         cast(Any, self.chip).set_irq = spy
 
     def attach(self, name: str, irq: int | None) -> Attachment:
-        made = Attachment(DeviceConfig(name, "echo"), Echo(FakeHost()), irq=irq)
+        made = Attachment(
+            DeviceConfig(name, "echo"), Echo(FakeHost()), lines=() if irq is None else (irq,)
+        )
         self.wiring.attached[name] = made
         return made
 

@@ -51,7 +51,7 @@ class Attachment:
         device: the model itself or its proxy.
         handlers: what its regions are on the bus; by default what the device says.
         slot: where a PCI function is plugged in.
-        irq: the ISA line of its pin, if any.
+        lines: the ISA lines of its pins; empty if it has none, or PCI routes them.
         placed: the ranges that were put on the buses for it at build time.
         local: what a device in this process has that its model does not see; None for a proxy.
     """
@@ -60,7 +60,7 @@ class Attachment:
     device: Driven
     handlers: Sequence[BusDevice] = ()
     slot: Slot | None = None
-    irq: int | None = None
+    lines: tuple[int, ...] = ()
     placed: list[tuple[BusType, Range]] = field(default_factory=list)
     local: LocalTurns | None = None
 
@@ -164,6 +164,6 @@ class Attachment:
             except (RangeConflict, ValueError) as error:
                 raise UserError(f"device '{self.name}': {error}; give it another addr=") from error
             self.placed.append((region.bus, where))
-        if self.irq is None:
-            lines = [region.irq for region in fixed if region.irq is not None]
-            self.irq = self.config.irq if self.config.irq is not None else next(iter(lines), None)
+        self.lines = tuple(region.irq for region in fixed if region.irq is not None)
+        if self.config.irq is not None:
+            self.lines = (self.config.irq,)

@@ -73,11 +73,11 @@ class Wiring:
         attachment = self.attached.get(name)
         if attachment is None:
             return
-        if attachment.slot is not None:
-            if self.pci is not None:
-                self.pci.set_intx(attachment.slot, pin, level)
-        elif attachment.irq is not None and pin == 0:
-            self.isa_line(attachment.irq, level, name)
+        if attachment.lines:
+            if pin < len(attachment.lines):
+                self.isa_line(attachment.lines[pin], level, name)
+        elif attachment.slot is not None and self.pci is not None:
+            self.pci.set_intx(attachment.slot, pin, level)
 
     def isa_line(self, irq: int, level: bool, source: str = "pci") -> None:
         """Drive an interrupt line; one that several sources share is high while any of them is.
@@ -149,6 +149,8 @@ class Wiring:
 
     def failed(self, failure: DeviceFailure) -> None:
         # A line that a dead device held high would interrupt the guest for ever.
-        self.irq(failure.device, 0, False)
+        attachment = self.attached.get(failure.device)
+        for pin in range(max(1, len(attachment.lines) if attachment is not None else 0)):
+            self.irq(failure.device, pin, False)
         self.log(failure.device, failure.reason, always=True)
         self.device_failed(failure)

@@ -67,6 +67,7 @@ class Header:
         power_management: it can be put into D3hot and keeps its state there.
         function_reset: the guest may reset it alone; see `PciFunction.reset`.
         rom: the bytes of its expansion ROM; empty: none.
+        registers: device-specific ones, from 0x40 on (6.2).
 
     Raises:
         ValueError: a value does not fit, or the BARs break a rule of `check_bars`.
@@ -86,6 +87,7 @@ class Header:
     power_management: bool = False
     function_reset: bool = False
     rom: bytes = b""
+    registers: tuple[Field, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.interrupt_pin <= 4:
@@ -133,6 +135,7 @@ class Header:
             *rom,
             Field("min_gnt", 0x3E, 1),
             Field("max_lat", 0x3F, 1),
+            *self.registers,
         )
 
     def common_fields(self, spaces: int) -> tuple[Field, ...]:

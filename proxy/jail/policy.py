@@ -175,7 +175,7 @@ DISK: Final = Policy(
     ),
     file_size=_ANY_SIZE,
 )
-"""Of a model whose requests are reads and writes of one file that the machine opened."""
+"""Of a model whose requests are reads and writes of files that the machine opened."""
 
 DIRECTORY: Final = Policy(
     extra=(
@@ -209,6 +209,7 @@ DIRECTORY: Final = Policy(
 
 _OWN: Final[dict[str, Policy]] = {
     "9p": DIRECTORY,
+    "ata": DISK,
     "blk": DISK,
     "console": Policy(
         extra=(

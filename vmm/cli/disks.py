@@ -16,7 +16,7 @@ from vmm.cli.machine_file import Table
 from vmm.config import DeviceConfig, device_from
 
 VIRTIO, IDE = "virtio", "ide"
-INTERFACES = (VIRTIO,)
+INTERFACES = (VIRTIO, IDE)
 DRIVES = 4
 """Of the ATA controller: two channels with two drives each."""
 _OF_BOTH = ("file", "if", "readonly", "serial")

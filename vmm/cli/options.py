@@ -22,6 +22,7 @@ examples:
   python -m vmm boot counter --snapshot snap --snapshot-at "count 100"
   python -m vmm boot guest.bin --device echo,addr=0xF00,name=second
   python -m vmm boot vmlinuz --initrd initramfs.cpio.gz --disk root.img --append root=/dev/vda
+  python -m vmm boot --firmware bios.bin --disk disk.img,if=ide
   python -m vmm boot --config machine.toml
 """
 
@@ -135,8 +136,8 @@ def add_boot(commands: Any) -> None:
         metavar="FILE[,OPTION=VALUE]...",
         action="append",
         default=[],
-        help="a disk, a raw image or block device: readonly, "
-        "serial=TEXT, queues=N, name=, slot=; may be repeated",
+        help="a disk, a raw image or block device: if=virtio|ide (default: virtio), readonly, "
+        "serial=TEXT; with virtio also queues=N, name=, slot=; may be repeated",
     )
     image.add_argument(
         "--net",

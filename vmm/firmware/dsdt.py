@@ -14,6 +14,10 @@ from vmm.firmware.platform import Platform
 PM_BLOCK_SIZE = 12
 _EVERY_FUNCTION = 0xFFFF
 _HPET_SIZE = 0x400
+_COMPATIBILITY_PORTS = ((0x170, 0x177), (0x1F0, 0x1F7), (0x374, 0x377), (0x3F4, 0x3F7))
+"""Where a PCI IDE function in compatibility mode is (PCI IDE Controller Specification 1.0, 2.1):
+the root must pass them on, or kernels do not take them for its own. Of the last two only one port
+is used, but Linux overlooks windows of one."""
 
 
 def dsdt_body(platform: Platform) -> bytes:
@@ -29,6 +33,7 @@ def _pci_root(platform: Platform) -> bytes:
     windows = aml.resources(
         aml.bus_numbers(0, 0xFF),
         aml.ports(CONFIG_ADDRESS, 8),
+        *(aml.port_window(first, last) for first, last in _COMPATIBILITY_PORTS),
         aml.port_window(io.start, io.end - 1),
         aml.memory_window(mmio.start, mmio.end - 1),
     )
