@@ -36,18 +36,33 @@ def test_a_disk_is_a_virtio_device() -> None:
     ]
 
 
+def test_ide_disks_are_drives_of_one_controller() -> None:
+    assert disks(["a.img,if=ide,readonly", "b.img", "c.img,serial=x,if=ide"], []) == [
+        DeviceConfig("disk", "blk", {"path": "b.img"}),
+        DeviceConfig(
+            "ide",
+            "ata",
+            {"disk0": "a.img", "readonly0": "true", "disk1": "c.img", "serial1": "x"},
+        ),
+    ]
+    with pytest.raises(UserError, match=r"--disk e.img,if=ide: if=ide has room for 4 disks"):
+        disks([f"{name}.img,if=ide" for name in "abcdef"], [])
+
+
 @pytest.mark.parametrize(
     ("text", "about"),
     [
         ("", "a disk needs a 'file'"),
         ("a.img,b", "'b' is not option=value"),
-        ("a.img,if=floppy", "if=floppy is not one of virtio"),
+        ("a.img,if=floppy", "if=floppy is not one of virtio, ide"),
         ("a.img,file=b.img", "option 'file' is given twice"),
         ("a.img,cache=none", "a disk has no option 'cache'; it has file, if, readonly"),
         ("a.img,queues=17", "queues is 1 to 16"),
         ("a.img,readonly=perhaps", "readonly=perhaps"),
         ("a.img,serial=a-serial-that-is-too-long", "serial is at most 20"),
         ("a.img,slot=two", "slot=two is not"),
+        ("a.img,if=ide,queues=2", "option 'queues' is for if=virtio alone"),
+        ("a.img,if=ide,serial=a-serial-that-is-too-long", "serial0 is at most 20"),
     ],
 )
 def test_what_is_wrong_with_one(text: str, about: str) -> None:
@@ -66,6 +81,8 @@ def test_the_guest_has_them(image: Path, tmp_path: Path) -> None:
     assert status == 0, err
     said = json.loads(out)["output"]
     assert said.count("1af4:1042 class 018000") == 2
+    status, out, err = run("boot", "--json", "--disk", f"{image},if=ide")
+    assert "8086:7010 class 010180" in json.loads(out)["output"]
 
 
 @pytest.mark.parametrize(
