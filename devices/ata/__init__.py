@@ -2,6 +2,6 @@
 
 - `controller`: the PCI function and where its registers are;
 - `channel`: one cable: which drive answers, the interrupt;
-- `drive`: one drive: its registers and commands;
+- `drive`, `transfers`, `drive_state`: one drive: its registers and commands;
 - `bus_master`: DMA between a drive and guest memory.
 """

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from devices.ata.channel import Channel
-from devices.ata.drive import Phase
+from devices.ata.drive_state import Phase
 from devices.contract import U8, U32
 from devices.dma import DmaFault, GuestMemory
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from devices.ata.drive import Drive, DriveState, Phase
+from devices.ata.drive import Drive
+from devices.ata.drive_state import DriveState, Phase
 from devices.ata.registers import (
     BSY,
     DATA,
