@@ -1,8 +1,8 @@
 """Linux's boot parameters: the "zero page", and the memory map that it carries.
 
-What is filled in: the screen (text or none), the ACPI root pointer, the memory map, and the setup
-header with the loader's fields. All else is zero; so is the sentinel at 0x1EF, by which the kernel
-knows that a loader took care of the page.
+What is filled in: the screen (VGA text of 80 by 25), the ACPI root pointer, the memory map, and the
+setup header with the loader's fields. All else is zero; so is the sentinel at 0x1EF, by which the
+kernel knows that a loader took care of the page.
 
 Sources: Linux, Documentation/arch/x86/boot.rst and zero-page.rst; struct boot_params and
 struct screen_info of arch/x86/include/uapi/asm/bootparam.h and include/uapi/linux/screen_info.h.
@@ -146,8 +146,7 @@ def place(placement: Placement, setup: Setup, options: BootOptions, load_address
     initrd = place_initrd(placement, options, setup.initrd_end)
     page = bytearray(PAGE)
     page[HEADER : HEADER + len(setup.header)] = setup.header
-    if options.text_screen:
-        page[: _SCREEN.size] = _TEXT_80X25
+    page[: _SCREEN.size] = _TEXT_80X25
     struct.pack_into("<Q", page, _RSDP, options.rsdp or 0)
     entries = memory_map(placement.memory)
     page[_E820_COUNT] = len(entries)

@@ -55,7 +55,6 @@ class BootOptions:
         initrd: the initial RAM disk of Linux; module 0 for Multiboot and PVH.
         kernel_entry: for kernels that have more than one entry.
         rsdp: guest-physical address of the ACPI tables' root pointer, for protocols that pass it.
-        text_screen: tell Linux that there is a VGA text screen of 80 by 25.
     """
 
     load_addr: int | None = None
@@ -66,7 +65,6 @@ class BootOptions:
     initrd: Module | None = None
     kernel_entry: KernelEntry = KernelEntry.AUTO
     rsdp: int | None = None
-    text_screen: bool = False
 
 
 @dataclass
