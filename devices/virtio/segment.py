@@ -28,12 +28,14 @@ def complete(frame: bytes, start: int, offset: int) -> bytes:
     place = start + offset
     if place + 2 > len(frame):
         return frame
-    value = checksum(frame[start:]) or 0xFFFF  # a computed zero is sent as all ones
-    return frame[:place] + value.to_bytes(2, "big") + frame[place + 2 :]
+    return frame[:place] + checksum(frame[start:]).to_bytes(2, "big") + frame[place + 2 :]
 
 
 def checksum(covered: bytes) -> int:
-    """The Internet checksum (RFC 1071) of bytes, of which an odd one is padded with zero."""
+    """The Internet checksum (RFC 1071) of bytes, of which an odd one is padded with zero.
+
+    Of the two forms of zero it is all ones, because 0 is no checksum in UDP.
+    """
     # The sum of 16-bit words with end-around carry is the number itself modulo 2**16 - 1.
     return 0xFFFF - int.from_bytes(covered + bytes(len(covered) & 1), "big") % 0xFFFF
 
