@@ -1,4 +1,4 @@
-"""A model that writes to a descriptor as fast as that takes it, in a process of its own or in ours."""
+"""A model that writes to a descriptor as fast as that takes it: in its own process and in ours."""
 
 from __future__ import annotations
 
