@@ -24,6 +24,7 @@ from cli_rig import VMM, environment
 from network_rig import PATIENCE, free_port, needs_passt
 from test_linux import DIRECTORY, PROMPT, Shell, boot
 
+from vmm.bench import linux, network
 from vmm.machine import Machine
 
 pytestmark = [
@@ -142,14 +143,23 @@ def test_the_link_goes_down_with_the_stack() -> None:
         assert ("net", "the link is down: the other end is gone") in machine.parts.wiring.log_lines
 
 
+@needs_passt
+def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "QEMU", "not-there")
+    monkeypatch.setattr(network, "SIZE", 1 << 20)
+    figures = network.measure(Path(DIRECTORY))
+    assert figures.keys() == {"vmm down", "vmm up"}
+    assert min(figures.values()) > 0
+
+
 class Vm:
     """A guest that runs beside the test."""
 
     def __init__(self, *arguments: str) -> None:
-        linux = [f"{DIRECTORY}/vmlinuz", "--initrd", f"{DIRECTORY}/initramfs.cpio.gz"]
+        images = [f"{DIRECTORY}/vmlinuz", "--initrd", f"{DIRECTORY}/initramfs.cpio.gz"]
         kernel = ["--append", "console=ttyS0 quiet", "--mem", "256M"]
         self._process = subprocess.Popen(
-            [*VMM, "boot", *linux, *kernel, *arguments],
+            [*VMM, "boot", *images, *kernel, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,14 +8,17 @@ import select
 import socket
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from network_rig import event_loop, received, run_until
 from proxy_helpers import open_descriptors
 
+from devices.errors import UserError
 from devices.virtio.cable import PLAIN, Cut, Jack, PacketCable
 from vmm.events import EventLoop
 from vmm.host_files import HostFileError
+from vmm.machine import Machine
 from vmm.network import pair
 from vmm.network.pair import PairEnd
 
@@ -196,3 +199,29 @@ def test_a_device_that_takes_no_cables(name: str, loop: EventLoop) -> None:
         other.close()
         loop.poll(0)
     one.close()
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_restored_machine_takes_its_seat_again(
+    name: str, loop: EventLoop, tmp_path: Path, isolated: bool
+) -> None:
+    saved = tmp_path / "saved"
+    other = Side(name, loop)
+    with Machine(memory="16M", devices=()) as machine:
+        machine.add_device("net", link=f"pair:{name}", isolated=isolated)
+        machine.boot("counter")
+        machine.snapshot(saved)
+        run_until(loop, lambda: bool(machine.parts.events.poll(0.01)) or other.look())
+        before = open_descriptors()
+        with pytest.raises(UserError, match="two machines are connected") as caught:
+            Machine.restore(saved)
+        assert str(caught.value).startswith(f"snapshot {saved}: device 'net': link=pair:{name}: ")
+        assert open_descriptors() == before
+    run_until(loop, lambda: not other.look())
+    with Machine.restore(saved) as machine:
+        machine.resume()
+        run_until(loop, lambda: other.look() and not machine.parts.events.poll(0.01))
+        assert ("net", f"link pair:{name}: connected") in machine.parts.wiring.log_lines
+        assert other.cable is not None
+        assert other.cable.send(PLAIN, FRAME)
+    other.leave()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtio_driver import F_PACKED, F_VERSION_1, NEEDS_RESET, Driver, LocalRig
 
@@ -34,8 +34,8 @@ from devices.virtio.net import (
     TX,
     USER_MTU,
     Net,
-    complete,
 )
+from devices.virtio.segment import SMALLEST, checksum, complete, segments
 
 PLAIN = HEADER.pack(0, 0, 0, 0, 0, 0, 0)
 FRAME = bytes(range(64))
@@ -219,6 +219,7 @@ def test_a_stream_that_has_lost_its_mind(size: int) -> None:
 
 
 @given(st.binary(max_size=400))
+@settings(deadline=None)
 def test_any_bytes_on_a_stream(data: bytes) -> None:
     card = Card()
     card.offer(*[700] * 30)
@@ -403,6 +404,7 @@ def test_frames_of_odd_sizes(card: Card, size: int) -> None:
 
 
 @given(header=st.binary(min_size=HEADER.size, max_size=HEADER.size), size=st.integers(14, 200))
+@settings(deadline=None)
 def test_any_header_of_a_driver(header: bytes, size: int) -> None:
     for link in ("user", "pair:x"):
         card = Card(F_CSUM, link)
@@ -513,12 +515,82 @@ def test_without_merging_a_frame_fits_or_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("gso", [GSO_TCPV4, GSO_TCPV4 | 0x80, 3, 77])
-def test_segments_that_the_driver_cannot_take_are_dropped(gso: int) -> None:
+def test_frames_that_make_no_sense_are_dropped(gso: int) -> None:
     card = Card(F_GUEST_CSUM, "pair:x")
     card.offer(2000)
     card.cable.send(HEADER.pack(NEEDS_CSUM, gso, 54, 100, 34, 16, 0) + bytes(300))
     card.cable.send(PLAIN + NEXT)
     assert [frame for _, frame in card.received()] == [NEXT]
+    assert card.rig.device.dropped == 1
+
+
+def large(data: bytes, version: int = 4, vlan: bool = False, flags: int = 0x99) -> bytes:
+    """A TCP frame with `data`, its checksums not computed."""
+    tcp = struct.pack(">HHIIBBHHH", 1, 2, 0xFFFF_FF00, 7, 8 << 4, flags, 100, 0x1234, 0)
+    tcp += b"options-----"
+    length = len(tcp) + len(data)
+    if version == 4:
+        ip = struct.pack(">BBHHHBBH", 0x46, 0, 0, 0xFFFE, 0x4000, 64, 6, 0xABCD)
+        ip += bytes([10, 0, 0, 1, 10, 0, 0, 2]) + b"opts"
+        kind = b"\x08\x00"
+    else:
+        ip = struct.pack(">IHBB", 6 << 28, length & 0xFFFF, 6, 64) + bytes(range(32))
+        kind = b"\x86\xdd"
+    return bytes(12) + (b"\x81\x00\x00\x05" if vlan else b"") + kind + ip + tcp + data
+
+
+@given(
+    data=st.binary(min_size=1, max_size=3000),
+    size=st.integers(SMALLEST, 3100),
+    version=st.sampled_from([4, 6]),
+    vlan=st.booleans(),
+)
+def test_segments(data: bytes, size: int, version: int, vlan: bool) -> None:
+    """Each is a frame that a receiver takes, and all of them are what one was (RFC 9293)."""
+    found = segments(large(data, version, vlan), size)
+    ip = 18 if vlan else 14
+    tcp = ip + (24 if version == 4 else 40)
+    body = tcp + 32
+    assert b"".join(frame[body:] for frame in found) == data
+    for number, frame in enumerate(found):
+        last = number == len(found) - 1
+        assert len(frame) - body == size or (last and 0 < len(frame) - body <= size)
+        assert int.from_bytes(frame[tcp + 4 : tcp + 8], "big") == (
+            0xFFFF_FF00 + number * size & 0xFFFF_FFFF
+        )
+        assert frame[tcp + 13] == 0x10 | (0x09 if last else 0) | (0x80 if number == 0 else 0)
+        length = len(frame) - tcp
+        if version == 4:
+            total, identity = struct.unpack_from(">HH", frame, ip + 2)
+            assert (total, identity) == (24 + length, 0xFFFE + number & 0xFFFF)
+            assert checksum(frame[ip:tcp]) % 0xFFFF == 0
+            addresses = frame[ip + 12 : ip + 20]
+        else:
+            assert struct.unpack_from(">H", frame, ip + 4) == (length,)
+            addresses = frame[ip + 8 : ip + 40]
+        assert checksum(addresses + struct.pack(">II", length, 6) + frame[tcp:]) % 0xFFFF == 0
+
+
+@given(st.binary(max_size=200), st.integers(-1, 100), st.integers(0, 120))
+def test_segments_of_anything(noise: bytes, size: int, place: int) -> None:
+    frame = large(b"data" * 40)
+    for odd in (noise, frame[:place], frame[:place] + noise, frame[:place] + noise + frame[place:]):
+        for part in segments(odd, size):
+            assert len(part) <= len(odd)
+
+
+def test_a_driver_without_segmentation_gets_segments() -> None:
+    card = Card(0, "pair:x")
+    header = HEADER.pack(NEEDS_CSUM, GSO_TCPV4, 70, 1000, 38, 16, 0)
+    frame = large(bytes(2500))
+    card.offer(*[2000] * 2)
+    card.cable.send(header + frame)
+    card.cable.send(PLAIN + NEXT)
+    first = card.received()
+    card.rig.replace(card.rig.snapshot())  # amid the segments
+    card.offer(*[2000] * 3)
+    seen = [each for _, each in first + card.received()]
+    assert seen == [*segments(frame, 1000), NEXT]
 
 
 def test_features_that_need_others() -> None:
@@ -529,6 +601,7 @@ def test_features_that_need_others() -> None:
 
 
 @given(st.lists(st.binary(max_size=80), max_size=20))
+@settings(deadline=None)
 def test_any_message_on_the_link(messages: list[bytes]) -> None:
     """The peer is another machine: believed in nothing."""
     card = Card(F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4, "pair:x")

@@ -1,8 +1,8 @@
 """Network device (5.1): frames between the guest and a cable, see `devices.virtio.cable`.
 
-What the reader of a frame did not ask for is done here: checksums are completed (`complete`); a
-frame to be segmented that the driver cannot take is dropped. So is what the other end has no room
-for, for a network may lose frames; only a stream (``link=user``) makes the driver wait instead.
+What the reader of a frame did not ask for is done here: checksums are completed, segments cut
+(`devices.virtio.segment`). What the other end has no room for is dropped, for a network may lose
+frames; only a stream (``link=user``) makes the driver wait instead.
 Frames that arrived wait for the driver, up to `MOST_BYTES`; then the cable is left alone. The link
 goes down with the cable.
 
@@ -27,6 +27,7 @@ from devices.virtio.cable import (
     OFFLOAD_ECN,
     OFFLOAD_TSO4,
     OFFLOAD_TSO6,
+    PLAIN,
     SHORTEST,
     Cable,
     Cut,
@@ -38,6 +39,7 @@ from devices.virtio.chain import Chain, RingError
 from devices.virtio.common import VirtioState
 from devices.virtio.link import Link, LinkKind, parse_forwards
 from devices.virtio.ring import Queue, VirtQueue
+from devices.virtio.segment import complete, segments
 from devices.virtio.transport import VirtioDevice
 
 F_CSUM, F_GUEST_CSUM, F_MTU, F_MAC = 1 << 0, 1 << 1, 1 << 3, 1 << 5
@@ -294,11 +296,14 @@ class Net(VirtioDevice):
 
     def _deliver(self, queue: VirtQueue) -> None:
         arrived, done = self.state.arrived, 0
-        for packet in arrived:
-            taken = self._for_driver(packet)
+        while done < len(arrived):
+            taken = self._for_driver(arrived[done])
             if taken is None:
-                self.dropped += 1
-            elif not self._put(queue, taken):
+                parts = self._cut_up(arrived[done])
+                arrived[done : done + 1] = parts
+                self.dropped += not parts
+                continue
+            if not self._put(queue, taken):
                 break
             done += 1
         del arrived[:done]
@@ -322,6 +327,13 @@ class Net(VirtioDevice):
         elif start + offset + 2 > len(frame):
             return None
         return HEADER.pack(flags, gso, length, size, start, offset, 1) + frame
+
+    def _cut_up(self, packet: bytes) -> list[bytes]:
+        """What a packet that the driver cannot take stands for; nothing if it makes no sense."""
+        flags, gso, _, size, _, _, _ = HEADER.unpack_from(packet)
+        if not (flags & NEEDS_CSUM and gso & ~GSO_ECN in _GSO_FEATURES):
+            return []
+        return [PLAIN + frame for frame in segments(packet[HEADER.size :], size)]
 
     def _put(self, queue: VirtQueue, packet: bytes) -> bool:
         """Into one buffer, or with MRG_RXBUF into as many as it takes; False if there are not
@@ -363,19 +375,3 @@ class Net(VirtioDevice):
     def restored(self) -> None:
         super().restored()
         self._waiting = sum(map(len, self.state.arrived))
-
-
-def complete(frame: bytes, start: int, offset: int) -> bytes:
-    """`frame` with the checksum at ``start + offset`` computed over all from `start` (RFC 1071).
-
-    The checksum's place holds the sum of the pseudo-header already (5.1.6.2.1). A frame that is
-    too short for it stays as it is.
-    """
-    place = start + offset
-    if place + 2 > len(frame):
-        return frame
-    covered = frame[start:]
-    # The sum of 16-bit words with end-around carry is the number itself modulo 2**16 - 1.
-    total = int.from_bytes(covered + bytes(len(covered) & 1), "big") % 0xFFFF
-    value = (0xFFFF - total) or 0xFFFF  # a computed zero is sent as all ones
-    return frame[:place] + value.to_bytes(2, "big") + frame[place + 2 :]

@@ -78,9 +78,9 @@ class Shell:
         """Wall time of a command in the guest."""
         assert self._process.stdin is not None
         began = monotonic()
-        # The echo of what is typed must not look like the answer.
-        os.write(self._process.stdin.fileno(), f"{command}; echo do''ne\r".encode())
-        self.wait_for(b"done\r\n")
+        # Neither the echo of what is typed nor a line of the kernel must look like the answer.
+        os.write(self._process.stdin.fileno(), f"{command}; echo bench: do''ne\r".encode())
+        self.wait_for(b"bench: done\r\n")
         return monotonic() - began
 
     def close(self) -> None:

@@ -21,9 +21,8 @@ HOST = "10.0.2.2"
 _SET_UP = (
     "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; "
     f"ip route add default via {HOST}; mkdir /w; cd /w; "
-    f"dd if=/dev/urandom of=big bs=1M count={SIZE >> 20} 2>/dev/null; httpd -p 80 -h /w; cd /"
+    "dd if=/dev/urandom of=big bs=1M count={count} 2>/dev/null; httpd -p 80 -h /w; cd /"
 )
-_GIVE = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE
 _ASK = b"GET /big HTTP/1.0\r\n\r\n"
 _PATIENCE = 120.0
 
@@ -50,7 +49,7 @@ def measure(directory: Path) -> dict[str, float]:
         for name, command in commands(directory, free).items():
             with closing(linux.Shell(command)) as shell:
                 shell.wait_for(linux.PROMPT)
-                shell.seconds_for(_SET_UP)
+                shell.seconds_for(_SET_UP.format(count=SIZE >> 20))
                 wget = f"wget -q -O /dev/null http://{HOST}:{port}/big"
                 figures[f"{name} down"] = _rate(shell.seconds_for(wget))
                 figures[f"{name} up"] = _rate(_seconds_to_read(shell, free))
@@ -84,7 +83,7 @@ def _seconds_to_read(shell: linux.Shell, port: int) -> float:
 @contextmanager
 def _server() -> Iterator[int]:
     """Gives `SIZE` bytes to everybody who asks; the port."""
-    data = bytes(SIZE)
+    data = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE + bytes(SIZE)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -95,7 +94,7 @@ def _server() -> Iterator[int]:
                     return
                 with connection, suppress(OSError):  # a guest may go in the middle
                     connection.recv(4096)
-                    connection.sendall(_GIVE + data)
+                    connection.sendall(data)
 
         threading.Thread(target=serve, daemon=True).start()
         try:

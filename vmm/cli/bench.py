@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from vmm.bench import access, events, lifecycle, linux, speed
+from vmm.bench import access, events, lifecycle, linux, network, speed
+from vmm.network.user import find_program
 
 ROUNDS = 7
 
@@ -68,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
     if args.linux is not None:
         progress("Linux")
         figures += _linux(Path(args.linux), rounds)
+        if find_program() is None:
+            progress("no network: the package passt is not installed")
+        else:
+            progress("Linux: network")
+            figures += _network(Path(args.linux), rounds)
     if args.json:
         print(json.dumps([_as_json(figure) for figure in figures], indent=2))
         return 0
@@ -149,6 +155,19 @@ def _linux(directory: Path, rounds: int) -> list[Figure]:
             value,
             "x" if name in goals else "s",
             Goal(goals[name]) if name in goals else None,
+        )
+        for name, value in got.items()
+    ]
+
+
+def _network(directory: Path, rounds: int) -> list[Figure]:
+    got = _rounds(lambda: network.measure(directory), min(rounds, 3))
+    return [
+        Figure(
+            f"Linux: network, {name}",
+            value,
+            "x" if name.startswith("ratio") else "MiB/s",
+            Goal(0.5, at_least=True) if name.startswith("ratio") else None,
         )
         for name, value in got.items()
     ]

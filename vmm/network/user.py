@@ -36,6 +36,11 @@ _NOISE = ("Failed to send", "Don't run as root")
 """Lines of it that tell nothing: it always wants a system log, and changes its user by itself."""
 
 
+def find_program() -> str | None:
+    """Where passt is installed, if it is."""
+    return shutil.which(PROGRAM, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
 class UserEnd:
     """A passt process.
 
@@ -45,7 +50,7 @@ class UserEnd:
 
     def __init__(self, where: str, forwards: Sequence[Forward]) -> None:
         self._where = where
-        program = shutil.which(PROGRAM, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        program = find_program()
         if program is None:
             raise HostFileError(
                 f"{where}: the program {PROGRAM} is not there; install the package {PROGRAM}"
