@@ -117,6 +117,9 @@ class ProxyRig:
     def receive(self, data: bytes) -> int:
         return self.device.receive(data)
 
+    def adjust(self, **wanted: Any) -> None:
+        self.device.adjust(**wanted)
+
     def snapshot(self) -> Any:
         self.device.sleep()
         return self.device.snapshot()
@@ -161,6 +164,9 @@ class Here(LocalRig):
     def receive(self, data: bytes) -> int:
         taken: int = self.device.receive(data)
         return taken
+
+    def adjust(self, **wanted: Any) -> None:
+        self.device.adjust(**wanted)
 
     def replace(self, saved: Any) -> None:
         self._printed = self.printed
