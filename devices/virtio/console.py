@@ -47,7 +47,7 @@ class ConsoleOptions:
         rows: the same.
     """
 
-    log: Annotated[str, HostFile()] = ""
+    log: Annotated[str, HostFile(output=True)] = ""
     columns: U16 = 80
     rows: U16 = 25
 
