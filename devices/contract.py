@@ -251,6 +251,18 @@ class TakesInput(Protocol):
 
 
 @runtime_checkable
+class Adjustable(Protocol):
+    """A model with options that the user may change while it runs."""
+
+    adjustable: ClassVar[frozenset[str]]
+    """Their names."""
+
+    def adjust(self, **wanted: Any) -> None:
+        """These have other values now, which `Options` has checked; in a turn."""
+        ...
+
+
+@runtime_checkable
 class TakesTurns(Protocol):
     """A model that asks for turns (`DeviceHost.want_turn`) to touch guest memory."""
 

@@ -87,6 +87,30 @@ def parse_options(model: type[Device], given: Mapping[str, Any]) -> Any:
         raise UserError(f"device '{model.model}': {error}") from error
 
 
+def adjusted(
+    model: type[Device], options: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The changed options of a device that runs, by name, from text or plain values.
+
+    Args:
+        options: all that it was given.
+
+    Raises:
+        UserError: one that cannot be changed then, or a value that cannot be.
+    """
+    names = {key: key.replace("-", "_") for key in wanted}
+    may: frozenset[str] = getattr(model, "adjustable", frozenset())
+    for key, name in names.items():
+        if name not in may:
+            known = ", ".join(sorted(may)).replace("_", "-") or "none"
+            raise UserError(
+                f"device '{model.model}': option '{key}' cannot be changed while it runs; "
+                f"that can be: {known}"
+            )
+    whole = parse_options(model, {**options, **wanted})
+    return {name: getattr(whole, name) for name in names.values()}
+
+
 def inline_files(model: type[Device], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the files that they name read in: options of the type `FileBytes`.
 

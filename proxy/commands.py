@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from devices.bus import ALL_ONES, BusDevice
-from devices.contract import Device, TakesInput
+from devices.contract import Adjustable, Device, TakesInput
 from devices.errors import DeviceError
 from devices.pci.contract import ConfigWriteResult
 from proxy import messages as m
@@ -86,6 +86,7 @@ class Commands:
             m.Sync: self._sync,
             m.MapGuestMemory: self._map_memory,
             m.Input: self._input,
+            m.Adjust: self._adjust,
         }
 
     def carry_out(self, command: m.Message, fd: int | None) -> m.Message | None:
@@ -206,3 +207,8 @@ class Commands:
         if self._closed or not isinstance(self._device, TakesInput):
             return m.InputResult(0)
         return m.InputResult(self._device.receive(command.data))
+
+    def _adjust(self, command: m.Adjust) -> m.Message:
+        if isinstance(self._device, Adjustable):
+            self._device.adjust(**command.options)
+        return m.Ok()

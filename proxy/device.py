@@ -252,6 +252,10 @@ class ProxyDevice:
                 break
         return taken
 
+    def adjust(self, **wanted: Any) -> None:
+        """Give options other values while it runs; their names and values are known to be right."""
+        self._link.ask(m.Adjust(wanted))
+
     def sync(self) -> None:
         """Give the device the turn that it wants; not for the middle of an access.
 

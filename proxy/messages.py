@@ -312,6 +312,15 @@ class Input(PayloadMessage, frozen=True):
     reply = InputResult
 
 
+class Adjust(Message, frozen=True):
+    """These options have other values now, by name."""
+
+    opcode = 0x16
+    reply = Ok
+    refusable = True
+    options: dict[str, int | str | bool]
+
+
 class Sync(Message, frozen=True):
     """Answer once everything before this was done, and the device has had the turn it wants.
 

@@ -39,6 +39,7 @@ _KEEP_ACTIVE: tuple[type[m.Message], ...] = (
     m.Wake,
     m.Sync,
     m.Input,
+    m.Adjust,
     m.LaneOpen,
     m.LaneClose,
 )

@@ -451,9 +451,9 @@ def test_second_serial_port_and_second_function() -> None:
     with Machine(MachineConfig(16 << 20, devices)) as machine:
         machine.boot("default")
         assert machine.run(timeout=30).ending is Ending.HALTED
-        irqs = {a.name: a.irq for a in machine.parts.attachments}
-    assert irqs["serial"] == 4
-    assert irqs["second"] == 3
+        lines = {a.name: a.lines for a in machine.parts.attachments}
+    assert lines["serial"] == (4,)
+    assert lines["second"] == (3,)
     assert b"00:07.0" in machine.output
     assert b"3 functions" in machine.output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.bus import BusType, Range
@@ -40,6 +40,7 @@ SAMPLES: list[m.Message] = [
     m.Sleep(),
     m.Wake(),
     m.Input(b"\0\xff"),
+    m.Adjust({"columns": 80, "name": "x", "on": True}),
     m.Sync(),
     m.LaneOpen(0, 1),
     m.LaneClose(),
@@ -177,6 +178,7 @@ def test_damaged_messages_are_a_message_or_a_fault(message: m.Message, draw: st.
         m.decode(bytes(data), m.FROM_CHILD)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 4 * MAX_DATAGRAM))
 def test_frames_assemble_to_the_same_message(size: int) -> None:
     data = bytes(index * 7 & 0xFF for index in range(size)).replace(b"\xf0", b"\x0f")

@@ -40,6 +40,7 @@ COMMANDS: list[m.Message] = [
     m.Sleep(),
     m.Wake(),
     m.Input(b"x"),
+    m.Adjust({"columns": 80}),
     m.Sync(),
     m.LaneOpen(0, 1),
     m.LaneClose(),
@@ -65,15 +66,16 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
     m.Sleep: m.Ok,
     m.Wake: m.Ok,
     m.Input: m.InputResult,
+    m.Adjust: m.Ok,
     m.Sync: m.Ok,
     m.LaneOpen: None,
     m.LaneClose: None,
 }
 
 NOT_AWAKE = {m.Activate, m.Read, m.Write, m.SyncedWrite, m.WriteConfig, m.ReadVirtualConfig}
-NOT_AWAKE |= {m.WriteVirtualConfig, m.MapGuestMemory, m.Input, m.Sync, m.LaneOpen}
+NOT_AWAKE |= {m.WriteVirtualConfig, m.MapGuestMemory, m.Input, m.Adjust, m.Sync, m.LaneOpen}
 NOT_THERE = {m.Activate, m.InitPciConfigMapping, m.Snapshot, m.Restore, m.Sleep, m.Wake}
-NOT_THERE |= {m.MapGuestMemory, m.Input, m.LaneOpen}
+NOT_THERE |= {m.MapGuestMemory, m.Input, m.Adjust, m.LaneOpen}
 FORBIDDEN: dict[State, set[type[m.Message]]] = {
     State.NEW: set(ANSWERS) - {m.Activate},
     State.ACTIVE: {m.Activate},
@@ -230,7 +232,8 @@ def test_machine_takes_only_the_answer_it_asked_for(command: m.Message) -> None:
         if kind in FORBIDDEN[session.state]:
             continue
         session.command(kind)
-        refusal = answer is m.Refused and kind in (m.Snapshot, m.Restore, m.Sleep, m.Wake)
+        refusable = (m.Snapshot, m.Restore, m.Sleep, m.Wake, m.Adjust)
+        refusal = answer is m.Refused and kind in refusable
         if answer is ANSWERS[kind] or refusal:
             assert session.received(answer)
             assert session.awaiting is None

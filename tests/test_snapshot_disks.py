@@ -334,6 +334,31 @@ def test_a_manifest_that_lies(saved: Path, change: Callable[[Any], None], compla
     assert "\n" not in str(caught.value)
 
 
+@EITHER_WAY
+def test_every_drive_of_a_controller_is_kept(tmp_path: Path, disk: Path, isolated: bool) -> None:
+    """Also those of models that know nothing of snapshots' disks; a log is no disk."""
+    second, log = tmp_path / "second.img", tmp_path / "log"
+    second.write_bytes(b"second".ljust(512, b"\0"))
+    log.write_bytes(b"a line\n")
+    saved = tmp_path / "saved"
+    with Machine(memory="16M", devices=()) as machine:
+        machine.add_device("ata", "ide", isolated=isolated, disk0=str(disk), disk3=str(second))
+        machine.add_device("console", isolated=isolated, log=str(log))
+        machine.boot("hello")
+        machine.snapshot(saved)
+    names = ["ide.disk0", "ide.disk3"]
+    assert sorted(each.name for each in (saved / "disks").iterdir()) == names
+    assert (saved / "disks" / "ide.disk3").read_bytes() == second.read_bytes()
+    log.write_bytes(b"a line\nanother\n")
+    second.unlink()
+    for _ in range(2):
+        with restored(saved) as machine:
+            assert len(machine.parts.host_files.notes) == 2
+    assert log.read_bytes() == b"a line\nanother\n"
+    with pytest.raises(UserError, match=r"disk3=.*second\.img: No such file"):
+        restored(saved, disks="original")
+
+
 # What goes wrong while a snapshot is written.
 
 

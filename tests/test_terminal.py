@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import sys
 import termios
 import time
@@ -136,6 +139,29 @@ def test_menu(tmp_path: Path) -> None:
         assert s.modes() == before
     with screen("restore", "vmm-snapshot", cwd=tmp_path) as s:
         s.expect(b"counter \\d+\r\n")
+        s.type(b"\x01x")
+        assert s.end() == 0
+
+
+def test_the_guests_console_has_the_size_of_the_terminal(tmp_path: Path) -> None:
+    """From the start, and after each change of it (SIGWINCH)."""
+
+    def resize(columns: int, rows: int) -> None:
+        fcntl.ioctl(s.fd, termios.TIOCSWINSZ, struct.pack("<HHHH", rows, columns, 0, 0))
+
+    def size() -> tuple[int, int]:
+        s.type(b"\x01w")
+        s.expect(b"snapshot written to vmm-snapshot;")
+        saved = json.loads((tmp_path / "vmm-snapshot" / "devices" / "serial.json").read_text())
+        return saved["columns"], saved["rows"]
+
+    devices = ["--no-default-devices", "--device", "console,name=serial"]
+    with screen("boot", "counter", "--mem", "16M", *devices, cwd=tmp_path) as s:
+        for columns, rows in ((132, 43), (80, 24)):
+            resize(columns, rows)
+            end = time.monotonic() + 60
+            while size() != (columns, rows):
+                assert time.monotonic() < end
         s.type(b"\x01x")
         assert s.end() == 0
 

@@ -148,6 +148,8 @@ def test_console_ports(isolated: bool, tmp_path: Path) -> None:
         shell.ask("echo to the port > /dev/vport0p1")
         assert "log" in shell.ask("cat /sys/class/virtio-ports/vport0p1/name")
         assert re.search("30 100|100 30", shell.ask("stty size < /dev/hvc0"))
+        shell.machine.adjust("console", columns=132, rows=50)
+        assert re.search("50 132", shell.ask("stty size < /dev/hvc0"))
     assert log.read_bytes() == b"to the port\n"
 
 
@@ -165,11 +167,23 @@ def test_console_hvc0(isolated: bool) -> None:
 
 @EITHER_WAY
 def test_balloon(isolated: bool) -> None:
+    """What the guest gave is missing there, and comes back when it is asked for less."""
+
+    def free() -> int:
+        found = re.search(r"MemFree: +(\d+) kB", shell.ask("sleep 2; grep MemFree /proc/meminfo"))
+        assert found is not None
+        return int(found[1])
+
+    def given() -> Any:
+        shell.machine.suspend()
+        return shell.machine.parts.wiring.attached["balloon"].snapshot()["actual"]
+
     with linux("balloon", isolated, pages=8192) as shell:
-        free = shell.ask("sleep 2; grep MemTotal /proc/meminfo")
-        total = re.search(r"MemTotal: +(\d+) kB", free)
-        assert total is not None
-        assert int(total[1]) < (256 << 10) - 4 * 8192
+        before = free()
+        assert given() == 8192
+        shell.machine.adjust("balloon", pages=100)
+        assert free() - before > 3 * 8192, "most of 32 MiB"
+        assert given() == 100
 
 
 def test_a_panic_ends_the_run() -> None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from proxy_helpers import Recorder
@@ -22,6 +26,7 @@ from devices.virtio.balloon import Balloon
 from devices.virtio.blk import Blk
 from devices.virtio.console import Console
 from devices.virtio.net import Net
+from devices.virtio.p9.device import P9
 from devices.virtio.rng import Rng
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
@@ -29,7 +34,7 @@ from proxy.warden import Warden
 from vmm.memory import GuestMemory
 
 MODELS: dict[str, type[Device]] = {
-    kind.model: kind for kind in (VirtioEcho, Blk, Rng, Console, Balloon, Net)
+    kind.model: kind for kind in (VirtioEcho, Blk, Rng, Console, Balloon, Net, P9)
 }
 _OWN = [VirtioEcho]
 """Those that the registry does not know."""
@@ -117,6 +122,9 @@ class ProxyRig:
     def receive(self, data: bytes) -> int:
         return self.device.receive(data)
 
+    def adjust(self, **wanted: Any) -> None:
+        self.device.adjust(**wanted)
+
     def snapshot(self) -> Any:
         self.device.sleep()
         return self.device.snapshot()
@@ -162,12 +170,18 @@ class Here(LocalRig):
         taken: int = self.device.receive(data)
         return taken
 
+    def adjust(self, **wanted: Any) -> None:
+        self.device.adjust(**wanted)
+
     def replace(self, saved: Any) -> None:
         self._printed = self.printed
         super().replace(saved)
 
     def wait(self) -> None:
-        pass
+        """Let it read what it waits for, as the machine's loop does."""
+        watched = getattr(self.device, "watched", list)()
+        for fd in select.select(watched, [], [], 0.01)[0]:
+            self.device.ready(fd)
 
     def close(self) -> None:
         self.device.close()
@@ -180,6 +194,8 @@ class Place:
         self._warden = warden
         self._made: list[Any] = []
         self._files: list[int] = []
+        self._sockets: list[socket.socket] = []
+        self._directories: list[str] = []
         self._kept: dict[str, Any] = {}
 
     @property
@@ -224,6 +240,24 @@ class Place:
         self._files.append(fd)
         return fd
 
+    def directory(self) -> int:
+        """A directory with a file in it; it is gone at the end of the test."""
+        path = tempfile.mkdtemp(prefix="virtio-")
+        self._directories.append(path)
+        Path(path, "file").write_bytes(b"contents")
+        os.chmod(path, 0o777)  # root's devices are other users
+        os.chmod(Path(path, "file"), 0o666)
+        self._files.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+        return self._files[-1]
+
+    def cable(self) -> tuple[int, socket.socket]:
+        """One end of a stream, and the other; both are closed at the end of the test."""
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        here.setblocking(False)
+        there.settimeout(20)
+        self._sockets += [here, there]
+        return here.fileno(), there
+
     def close(self) -> None:
         """End all of them; a device process must not have failed."""
         for rig in self._made:
@@ -232,6 +266,12 @@ class Place:
         self._made.clear()
         for fd in self._files:
             os.close(fd)
+        for end in self._sockets:
+            end.close()
+        for path in self._directories:
+            shutil.rmtree(path)
+        self._sockets.clear()
+        self._directories.clear()
         self._files.clear()
         self._kept.clear()
         assert failures == []

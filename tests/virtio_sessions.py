@@ -4,7 +4,9 @@ step, so that two plays of it can be compared; between two steps, anything may h
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from virtio_echo import CHANGE, LATER, NOW
 from virtio_rigs import Place
 
 from devices.virtio import balloon, blk, console
+from devices.virtio.p9 import messages as p9
+from devices.virtio.p9.codec import encode
+from devices.virtio.p9.protocol import NO_FID, VERSION
 
 PATIENCE = 20.0
 PAGE = balloon.PAGE
@@ -28,7 +33,11 @@ class World:
         self, place: Place, model: str, features: int, *, finish_work: bool = True, **options: Any
     ) -> None:
         self.files = {name: place.memory_file() for name in SESSIONS[model].files}
-        given = {**SESSIONS[model].options, **dict.fromkeys(self.files, "file"), **options}
+        if model == "9p":
+            self.files["path"] = place.directory()
+        elif model == "net":
+            self.files["link"], self.cable = place.cable()
+        given = {**dict.fromkeys(self.files, "file"), **SESSIONS[model].options, **options}
         self.rig = place.make(model, given, self.files, finish_work=finish_work)
         self.driver = Driver(self.rig)
         self.ram = self.rig.ram
@@ -36,7 +45,7 @@ class World:
         self.start()
 
     def start(self) -> None:
-        wanted = F_VERSION_1 | self.features | self.driver.offered() & 0xFF_FFFF & ~_FOR_ANOTHER
+        wanted = F_VERSION_1 | self.features | self.driver.offered() & 0xFF_FFFF
         self.driver.start(wanted, 16)
 
     def ask(self, queue: int, out: Any = (), into: Any = (), **how: Any) -> tuple[Any, ...]:
@@ -56,9 +65,6 @@ class World:
 
     def content(self, name: str) -> bytes:
         return os.pread(self.files[name], 1 << 20, 0)
-
-
-_FOR_ANOTHER = 1 << 1  # VirtioEcho's feature that needs another; nobody else's matters here
 
 
 def _echo(world: World) -> Iterator[Any]:
@@ -117,6 +123,11 @@ def _console(world: World) -> Iterator[Any]:
         yield ask(console.TX1, [b"log %d\n" % number])
         yield rig.receive(b"typed %d" % number)
         yield ask(console.RX0, [], [3, 9])
+    for columns, rows in ((100, 30), (100, 30), (101, 30)):
+        rig.adjust(columns=columns, rows=rows)
+        yield world.driver.config(0, 4)
+    yield world.driver.isr()
+    yield [ask(console.CONTROL_RX, [], [32]) for _ in range(2)]
     rig.receive(b"twice as much")
     yield "typed before there was room"
     yield ask(console.RX0, [], [5])
@@ -133,15 +144,55 @@ def _balloon(world: World) -> Iterator[Any]:
     world.driver.set_config(4, 4, 4)
     yield [world.ram[(first + n) * PAGE] for n in range(8)]
     yield world.ask(balloon.DEFLATE, [pages[:8]])
+    world.rig.adjust(pages=77)
+    yield world.driver.isr(), world.driver.config(0, 4)
     yield world.driver.config(4, 4)
 
 
 def _net(world: World) -> Iterator[Any]:
-    """Without a cable; `test_virtio_net` has cables."""
+    """Frames both ways, over a stream in which the length of each comes first."""
     yield world.driver.config(0, 4), world.driver.config(4, 2), world.driver.config(6, 2)
     for length in (14, 60, 1514):
-        yield world.ask(1, [bytes(12), bytes(length)])
-        yield world.ask(1, [bytes(12), bytes(length)], indirect=True)
+        frame = bytes([length & 0xFF]) * length
+        yield world.ask(1, [bytes(12), frame], indirect=length == 60)
+        yield world.cable.recv(4 + length, socket.MSG_WAITALL)
+        for arrives_first in (True, False):
+            data = struct.pack(">I", length) + frame
+            if arrives_first:
+                world.cable.sendall(data)
+                yield "on its way"
+            request = world.driver.queues[0].send([], [12, 2000])
+            if not arrives_first:
+                world.cable.sendall(data)
+            world.finish(0, request)
+            yield request.length, request.data(world.ram)
+
+
+def _p9(world: World) -> Iterator[Any]:
+    """What an answer says of the host's own numbers (inodes, times) is left out."""
+    tags = itertools.count(1)
+
+    def ask(message: p9.Message) -> tuple[int, bytes]:
+        length, data, _ = world.ask(0, [encode(message, next(tags))], [4096])
+        kind, body = data[4], data[7:length]
+        return kind, body if kind in (p9.Rread.number, p9.Rlerror.number) else b""
+
+    yield ask(p9.Version(8192, VERSION))
+    yield ask(p9.Attach(0, NO_FID, b"root", b"", 0))
+    yield ask(p9.Walk(0, 1, (b"file",)))
+    yield ask(p9.Lopen(1, os.O_RDWR))
+    yield ask(p9.Read(1, 0, 100))
+    yield ask(p9.Write(1, 3, b"XYZ"))
+    yield ask(p9.Fsync(1, 0))
+    yield ask(p9.Read(1, 1, 6))
+    yield ask(p9.Walk(0, 2, (b"none",)))
+    yield ask(p9.Walk(0, 2, ()))
+    yield ask(p9.Lcreate(2, b"new", os.O_RDWR, 0o666, 0))
+    yield ask(p9.Write(2, 0, b"of the guest"))
+    yield ask(p9.Clunk(2))
+    yield ask(p9.Read(2, 0, 5))
+    with open(f"/proc/self/fd/{world.files['path']}/new", "rb") as file:
+        yield file.read()
 
 
 @dataclass(frozen=True)
@@ -166,5 +217,6 @@ SESSIONS: dict[str, Session] = {
     "rng": Session(_rng, (0, [], [8]), {}),
     "console": Session(_console, (console.TX0, [b"alive"], []), {}, ("log",)),
     "balloon": Session(_balloon, (balloon.DEFLATE, [bytes(4)], []), {"pages": 9}),
-    "net": Session(_net, (1, [bytes(12), bytes(60)], []), {}),
+    "net": Session(_net, (1, [bytes(12), bytes(60)], []), {"link": "user"}),
+    "9p": Session(_p9, (0, [encode(p9.Version(8192, VERSION), 1)], [21]), {}),
 }

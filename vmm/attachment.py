@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
-from devices.contract import Region, TakesInput
+from devices.contract import Adjustable, Region, TakesInput
 from devices.errors import DeviceError, UserError
 from devices.pci.contract import BarInfo, PciConfig
 from devices.pci.intx import Slot
@@ -94,6 +94,12 @@ class Attachment:
     def receive(self, data: bytes) -> int:
         """Offer bytes from the outside world to a device that takes them: see `input`."""
         return self._asked("receive", lambda: cast(TakesInput, self.device).receive(data))
+
+    def adjust(self, wanted: Mapping[str, Any]) -> None:
+        """Give options other values, which were checked (`registry.adjusted`), while it runs."""
+        self._asked("adjust", lambda: cast(Adjustable, self.device).adjust(**wanted))
+        if self.local is not None:
+            self.local.take()
 
     def regions(self) -> tuple[Region, ...]:
         """Its regions, of which each can be."""

@@ -3,7 +3,8 @@
 They are opened and checked here, because a device's process can open nothing. The machine keeps a
 descriptor of its own, for reading, to save what a device wrote: a snapshot has the content of every
 file that a device can write, so that memory and disk fit together however often it is restored, and
-of all others it has the reference. A directory is only ever a reference.
+of all others it has the reference. Directories, and files that devices only write (logs), are no
+part of the machine.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class HostFiles:
         self.held.setdefault(device, []).append(f"{option} ({_what(fd, writable)})")
 
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
-        if file.directory:
+        if file.directory or file.output:
             return _open(path, file, flags, where)
         used = _Used(name, path, -1, flags & os.O_ACCMODE != os.O_RDONLY)
         record = None

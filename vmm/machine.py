@@ -12,34 +12,29 @@ Everything here happens on the thread that calls `run` (the vCPU thread).
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from devices.contract import Device, DeviceHost
+from devices import registry
+from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
 from proxy.jail import JailMode
 from vmm import post, saving, sources
 from vmm import snapshot as snapshots
 from vmm.boot.options import BootOptions, BootResult
+from vmm.children import model_of
 from vmm.config import (
-    DEFAULT_MEMORY,
-    ClockKind,
-    DeviceConfig,
     HostOptions,
-    MachineConfig,
     choice,
-    default_devices,
-    parse_size,
 )
-from vmm.console import ConsoleBuffer
 from vmm.events import FAR
 from vmm.host_files import DiskKeeping, DiskProgress, DiskUse, HostFiles, SavedFiles
 from vmm.interrupt import noted_signals
 from vmm.local import DeviceFactory
+from vmm.machine_shape import MachineShape
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
 from vmm.vcpu import UNLIMITED
@@ -49,89 +44,8 @@ SIGNAL_GRACE = 0.2
 """Seconds that a device has to answer when the time-out of a run has passed, or after Ctrl-C."""
 
 
-class Machine:
-    """One virtual machine.
-
-    Args:
-        config: its whole shape; None: `memory` and the default devices.
-        memory: RAM in bytes, or as text ("64M"); ignored if `config` is given.
-        devices: the devices; None: the default ones; ignored if `config` is given.
-        clock: "real" or "virtual"; ignored if `config` is given.
-        host: how this host runs it.
-        jail: short for ``host.jail``.
-
-    Raises:
-        UserError: a configuration that cannot be.
-    """
-
-    def __init__(
-        self,
-        config: MachineConfig | None = None,
-        *,
-        memory: int | str = DEFAULT_MEMORY,
-        devices: tuple[DeviceConfig, ...] | None = None,
-        clock: ClockKind | str = ClockKind.REAL,
-        host: HostOptions | None = None,
-        jail: JailMode | str | None = None,
-    ) -> None:
-        if config is None:
-            size = parse_size(memory) if isinstance(memory, str) else memory
-            config = MachineConfig(
-                size,
-                default_devices() if devices is None else devices,
-                choice(ClockKind, clock, "clock"),
-            )
-        self.config = config
-        self.host = host or HostOptions()
-        if jail is not None:
-            self.host = replace(self.host, jail=choice(JailMode, jail, "jail"))
-        self.console = ConsoleBuffer()
-        self.between: Callable[[], None] | None = None
-        """Called between slices when anything happened; may call any method of the machine."""
-        self._signal = 0
-        self._factories: dict[str, DeviceFactory] = {}
-        self._parts: Parts | None = None
-        self._closed = False
-
-    # Shape.
-
-    def add_device(
-        self,
-        model: str | type[Device] | Callable[[DeviceHost], Device],
-        name: str | None = None,
-        *,
-        isolated: bool = True,
-        addr: int | None = None,
-        irq: int | None = None,
-        slot: int | str | None = None,
-        may_exit: bool = False,
-        **options: Any,
-    ) -> str:
-        """Attach a device; only before the first `boot`, `restore` or `run`.
-
-        Args:
-            model: a model's name, a `Device` subclass of your own, or a function that makes a
-                device from its `DeviceHost` (it runs in the device's process).
-            isolated: False keeps the device in the machine's process.
-            addr, irq, slot, may_exit: see `DeviceConfig`.
-            options: the model's own.
-
-        Returns:
-            The device's name.
-
-        Raises:
-            UserError: wrong options, a name that is taken, or a machine that is built already.
-        """
-        if self._parts is not None:
-            raise UserError("devices can be added only before the machine is built")
-        text, factory = sources.model_and_factory(model, options)
-        if name is None:
-            name = sources.free_name(text, {device.name for device in self.config.devices})
-        device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit)
-        self.config = replace(self.config, devices=(*self.config.devices, device))
-        if factory is not None:
-            self._factories[name] = factory
-        return name
+class Machine(MachineShape):
+    """One virtual machine; `MachineShape` says what it takes to make one."""
 
     def build(self) -> None:
         """Fork the device processes and make memory, CPU and buses; `boot` does it by itself.
@@ -272,6 +186,28 @@ class Machine:
     def output(self) -> bytes:
         """What the guest has printed on its console so far."""
         return bytes(self.console.output)
+
+    def adjust(self, name: str, **options: Any) -> None:
+        """Give options of a running device other values: those that `Adjustable` models name.
+
+            machine.adjust("console", columns=100, rows=40)
+
+        Raises:
+            UserError: there is no such device, or this cannot be changed while it runs.
+            DeviceError: the device failed.
+        """
+        attachment = self.parts.wiring.attached.get(name)
+        if attachment is None:
+            raise UserError(f"there is no device '{name}'")
+        kind = model_of(attachment.config, self._factories.get(name)) or Device
+        wanted = registry.adjusted(kind, attachment.config.options, options)
+        suspended = self.suspended
+        self.resume()
+        try:
+            attachment.adjust(wanted)
+        finally:
+            if suspended:
+                self.suspend()
 
     # Suspend, snapshot, restore.
 

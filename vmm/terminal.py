@@ -16,11 +16,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import stat
 import termios
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from types import FrameType
+from typing import Any, Protocol
 
 from vmm.events import EventLoop
 
@@ -81,6 +84,7 @@ class Terminal:
         backlog: how many bytes of input the guest has not taken yet.
         say: prints a line of the menu for the user (not to the guest's output).
         source: descriptor to read; -1: no input.
+        resized: told the columns and rows of a terminal, at first and whenever they change.
     """
 
     events: EventLoop
@@ -89,8 +93,11 @@ class Terminal:
     controls: Controls
     say: Callable[[str], None]
     source: int = 0
+    resized: Callable[[int, int], None] = lambda _columns, _rows: None
 
     def __post_init__(self) -> None:
+        self._size_changed = False
+        self._old_handler: Any = None
         self._escape: EscapeParser | None = None
         self._saved: list[object] | None = None
         self._reading = False
@@ -106,12 +113,16 @@ class Terminal:
         if os.isatty(self.source):
             self._escape = EscapeParser()
             self._raw()
+            self._follow_size()
         self._pollable = not stat.S_ISREG(mode)
         self._start_reading()
 
     def close(self) -> None:
         """Stop reading and give the terminal back as it was; harmless when repeated."""
         self._stop_reading()
+        if self._old_handler is not None:
+            signal.signal(signal.SIGWINCH, self._old_handler)
+            self._old_handler = None
         if self._saved is not None:
             with contextlib.suppress(termios.error):
                 # Not TCSADRAIN: that waits for whoever reads the screen.
@@ -119,13 +130,27 @@ class Terminal:
             self._saved = None
 
     def look(self) -> None:
-        """Called now and then: read on if the guest has caught up."""
+        """Called now and then: read on if the guest has caught up, tell of another size."""
+        if self._size_changed:
+            self._size_changed = False
+            with contextlib.suppress(OSError):
+                self.resized(*os.get_terminal_size(self.source))
         if self._pollable and not self._reading and self._paused and self.backlog() < HIGH_WATER:
             self._start_reading()
         elif not self._pollable and self._reading:
             self._read_file()
 
     _paused = False
+
+    def _follow_size(self) -> None:
+        def changed(_number: int, _frame: FrameType | None) -> None:
+            self._size_changed = True
+
+        self._size_changed = True
+        if threading.current_thread() is threading.main_thread():
+            # It wakes the loop as all signals do: see `vmm.interrupt`.
+            self._old_handler = signal.signal(signal.SIGWINCH, changed)
+        self.look()
 
     def _raw(self) -> None:
         attributes = termios.tcgetattr(self.source)

@@ -5,7 +5,7 @@ guest writes to it again. The guest may take pages back without telling (MUST_TE
 offered), since that does no harm here. Free page reporting gives back what the guest does not use
 without the balloon being asked for anything.
 
-`ask` sets the size wanted; the option `pages` sets it at start.
+The option `pages` is the size wanted, also while it runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BalloonOptions:
     """A balloon.
 
     Attributes:
-        pages: of 4 KiB, that the guest is asked to give away.
+        pages: of 4 KiB, that the guest is asked to give away; can be changed while it runs.
     """
 
     pages: U32 = 0
@@ -77,6 +77,11 @@ class Balloon(VirtioDevice):
     def write_device_config(self, offset: int, size: int, value: int) -> None:
         if (offset, size) == (_ACTUAL, 4):
             self.state.actual = value
+
+    adjustable: ClassVar[frozenset[str]] = frozenset({"pages"})
+
+    def adjust(self, **wanted: int) -> None:
+        self.ask(wanted.get("pages", self.state.wanted))
 
     def ask(self, pages: int) -> None:
         """Ask the guest for a balloon of this many pages."""

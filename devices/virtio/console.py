@@ -43,11 +43,11 @@ class ConsoleOptions:
 
     Attributes:
         log: a file that a second port is written to.
-        columns: of the terminal.
-        rows: of the terminal.
+        columns: of the terminal; can be changed while it runs.
+        rows: the same.
     """
 
-    log: Annotated[str, HostFile()] = ""
+    log: Annotated[str, HostFile(output=True)] = ""
     columns: U16 = 80
     rows: U16 = 25
 
@@ -110,8 +110,16 @@ class Console(VirtioDevice):
         self._look_at(RX0)
         return len(taken)
 
+    adjustable: ClassVar[frozenset[str]] = frozenset({"columns", "rows"})
+
+    def adjust(self, **wanted: int) -> None:
+        columns = wanted.get("columns", self.state.columns)
+        self.resize(columns, wanted.get("rows", self.state.rows))
+
     def resize(self, columns: int, rows: int) -> None:
         """The terminal has another size now."""
+        if (columns, rows) == (self.state.columns, self.state.rows):
+            return
         self.state.columns, self.state.rows = columns, rows
         if self.negotiated(F_MULTIPORT):
             self._tell(0, RESIZE, 0, struct.pack("<HH", columns, rows))

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from devices.errors import DeviceError, UserError
 from vmm.cli.aids import UnclaimedTrace, read_symbols
 from vmm.cli.files import read_file
 from vmm.cli.output import Outputs, clean, disk_progress
+from vmm.config import CONSOLE
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE
@@ -186,8 +188,17 @@ class Session:
         if not self.args.json:
             machine.console.sink = self._sink(1)
         return Terminal(
-            machine.parts.events, machine.send, lambda: len(machine.console.pending), self, self.say
+            machine.parts.events,
+            machine.send,
+            lambda: len(machine.console.pending),
+            self,
+            self.say,
+            resized=self._resized,
         )
+
+    def _resized(self, columns: int, rows: int) -> None:
+        with suppress(UserError):  # a serial port has no size
+            self.machine.adjust(CONSOLE, columns=columns, rows=rows)
 
     def _connect_debug_console(self) -> None:
         where = self.args.debug_console
