@@ -79,6 +79,9 @@ class ProxyDevice:
             the expected shape.
     """
 
+    granted_bytes: int = 0
+    """Of the area that it maps instead of guest memory, if it gets grants."""
+
     def __init__(
         self,
         child: ChildInterface,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtio_driver import F_PACKED, F_VERSION_1, NEEDS_RESET, Driver, LocalRig
 
@@ -402,6 +402,7 @@ def test_frames_of_odd_sizes(card: Card, size: int) -> None:
     assert card.rig.device.dropped == 1
 
 
+@settings(deadline=None)
 @given(header=st.binary(min_size=HEADER.size, max_size=HEADER.size), size=st.integers(14, 200))
 def test_any_header_of_a_driver(header: bytes, size: int) -> None:
     for link in ("user", "pair:x"):

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self
 
 from devices.contract import Device, DeviceHost
@@ -29,6 +28,7 @@ from vmm.config import (
     DEFAULT_MEMORY,
     ClockKind,
     DeviceConfig,
+    DmaMode,
     HostOptions,
     MachineConfig,
     choice,
@@ -105,6 +105,7 @@ class Machine:
         irq: int | None = None,
         slot: int | str | None = None,
         may_exit: bool = False,
+        dma: DmaMode = DmaMode.SHARED,
         **options: Any,
     ) -> str:
         """Attach a device; only before the first `boot`, `restore` or `run`.
@@ -113,7 +114,7 @@ class Machine:
             model: a model's name, a `Device` subclass of your own, or a function that makes a
                 device from its `DeviceHost` (it runs in the device's process).
             isolated: False keeps the device in the machine's process.
-            addr, irq, slot, may_exit: see `DeviceConfig`.
+            addr, irq, slot, may_exit, dma: see `DeviceConfig`.
             options: the model's own.
 
         Returns:
@@ -127,7 +128,7 @@ class Machine:
         text, factory = sources.model_and_factory(model, options)
         if name is None:
             name = sources.free_name(text, {device.name for device in self.config.devices})
-        device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit)
+        device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit, dma)
         self.config = replace(self.config, devices=(*self.config.devices, device))
         if factory is not None:
             self._factories[name] = factory
@@ -391,10 +392,5 @@ class Machine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
