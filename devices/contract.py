@@ -5,6 +5,7 @@
 - `TakesInput`: bytes from the outside world (a typed character) reach it.
 - `TakesTurns`, `HasWork`, `Watches`, `WaitsForRoom`: it does DMA or waits for its host (see
   `devices.dma`).
+- `TakesGrants`: it can do with the bytes of its requests instead of guest memory.
 - `PciFunction` (in `devices.pci`): has a configuration space.
 - `DeviceHost`: the other direction, what a model may ask of the machine that holds it.
 
@@ -179,6 +180,9 @@ class Device:
     State: ClassVar[type] = NoState
     dma: ClassVar[bool] = False
     """Whether it reads and writes guest memory: only then it gets at it (`DeviceHost.memory`)."""
+    grantable: ClassVar[bool] = False
+    """Whether the bytes of its virtqueues' requests are all that it needs of guest memory: then it
+    implements `TakesGrants`, and `DeviceHost.memory` may have no bytes."""
 
     def __init__(self, host: DeviceHost, options: Any = None) -> None:
         self.host = host
@@ -259,6 +263,19 @@ class Adjustable(Protocol):
 
     def adjust(self, **wanted: Any) -> None:
         """These have other values now, which `Options` has checked; in a turn."""
+        ...
+
+
+@runtime_checkable
+class TakesGrants(Protocol):
+    """A `Device.grantable` model (see `devices.virtio.granted`)."""
+
+    def queue_sizes(self) -> tuple[int, ...]:
+        """The largest size of each of its virtqueues."""
+        ...
+
+    def map_grants(self, area: memoryview) -> None:
+        """From now on requests are in this memory, and none in that of the guest."""
         ...
 
 

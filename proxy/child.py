@@ -62,7 +62,7 @@ _LANE_CLOSED_FIRST = (
     m.Write,
     m.SyncedWrite,
 )
-_WITH_DESCRIPTOR = (m.InitPciConfigMapping, m.MapGuestMemory)
+_WITH_DESCRIPTOR = (m.InitPciConfigMapping, m.MapGuestMemory, m.MapGrants)
 
 
 class ChildLoop:

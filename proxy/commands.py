@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from devices.bus import ALL_ONES, BusDevice
-from devices.contract import Adjustable, Device, TakesInput
+from devices.contract import Adjustable, Device, TakesGrants, TakesInput
 from devices.errors import DeviceError
 from devices.pci.contract import ConfigWriteResult
 from proxy import messages as m
@@ -26,7 +26,12 @@ def shape_of(device: Device) -> m.Shape:
         bars=bars,
         takes_input=isinstance(device, TakesInput),
         dma=device.dma,
+        virtqueues=device.queue_sizes() if _takes_grants(device) else (),
     )
+
+
+def _takes_grants(device: Device) -> TypeGuard[TakesGrants]:
+    return device.grantable and isinstance(device, TakesGrants)
 
 
 class _Gone:
@@ -85,6 +90,7 @@ class Commands:
             m.Wake: self._wake,
             m.Sync: self._sync,
             m.MapGuestMemory: self._map_memory,
+            m.MapGrants: self._map_grants,
             m.Input: self._input,
             m.Adjust: self._adjust,
         }
@@ -150,6 +156,12 @@ class Commands:
             mapping = mmap.mmap(fd, region.size, offset=region.offset)
             mapped.append((region.start, memoryview(mapping)))
         self._turns.memory.map(mapped)
+        return m.Ok()
+
+    def _map_grants(self, command: m.MapGrants) -> m.Message:
+        assert self._mapping is not None
+        if _takes_grants(self._device):
+            self._device.map_grants(memoryview(mmap.mmap(self._mapping, command.length)))
         return m.Ok()
 
     def _sync(self, _: m.Sync) -> m.Message:

@@ -27,7 +27,6 @@ DEADLINE = 5.0
 """Seconds that the machine waits for any answer of a child."""
 DRAIN_AT_ONCE = 256
 """Upcalls that one `drain` handles at most."""
-
 _CONFIG_BYTES = 4 * CONFIG_REGISTERS
 
 
@@ -78,6 +77,9 @@ class ProxyDevice:
         DeviceFailure: it cannot be activated (another holder did that before?), or is not of
             the expected shape.
     """
+
+    granted_bytes = 0
+    """Of the area that it maps instead of guest memory, if it gets grants."""
 
     def __init__(
         self,

@@ -340,6 +340,15 @@ class MapGuestMemory(Message, frozen=True):
     regions: tuple[MemoryRegion, ...]
 
 
+class MapGrants(Message, frozen=True):
+    """What is granted of guest memory is in this: `length` bytes of the descriptor with it."""
+
+    opcode = 0x16
+    reply = Ok
+    layout = DWORD
+    length: int
+
+
 class LaneOpen(Message, frozen=True):
     """Accesses come through the shared page from here on; posted; `shares`: 1 for one CPU, or 0."""
 

@@ -31,6 +31,7 @@ _KEEP_ACTIVE: tuple[type[m.Message], ...] = (
     m.WriteConfig,
     m.InitPciConfigMapping,
     m.MapGuestMemory,
+    m.MapGrants,
     m.ReadVirtualConfig,
     m.WriteVirtualConfig,
     m.GetRanges,

@@ -7,6 +7,8 @@ import msgspec
 from devices.bus import ADDRESS_LIMIT, BusType, Range
 from devices.contract import Region
 from devices.pci.contract import BarInfo
+from devices.virtio.granted import MOST_QUEUES
+from devices.virtio.ring import LARGEST_QUEUE
 
 MAX_REGIONS = 64
 MAX_NAME = 64
@@ -25,6 +27,8 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bars: tuple[BarInfo, ...] = ()
     takes_input: bool = False
     dma: bool = False
+    virtqueues: tuple[int, ...] = ()
+    """The largest size of each, of a model that takes grants."""
 
 
 class MemoryRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +74,11 @@ def wrong_shape(shape: Shape, expected: Shape | None = None) -> str:
             return f"region {name} leaves its space"
         if region.irq is not None and region.irq not in ISA_LINES:
             return f"region {name} wants interrupt line {region.irq}"
+    if len(shape.virtqueues) > MOST_QUEUES:
+        return f"{len(shape.virtqueues)} virtqueues"
+    for size in shape.virtqueues:
+        if not 1 <= size <= LARGEST_QUEUE:
+            return f"a virtqueue of {size} entries"
     for info in shape.bars:
         if not 0 <= info.region < len(shape.regions) or not shape.is_pci:
             return f"BAR {info.bar} maps no region"

@@ -27,6 +27,7 @@ SAMPLES: list[m.Message] = [
     m.Write(1, 255, 0xFFFF_FFFF, 0, 5, (1 << 64) - 1),
     m.SyncedWrite(8, 0, 1, 2, 3, 4),
     m.MapGuestMemory((m.MemoryRegion(0, 4096, 0), m.MemoryRegion(1 << 32, 8192, 4096))),
+    m.MapGrants(1 << 24),
     m.ReadConfig(63),
     m.WriteConfig(1, 3, 4, b"abc\0"),
     m.InitPciConfigMapping(0, 256),

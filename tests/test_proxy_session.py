@@ -30,6 +30,7 @@ COMMANDS: list[m.Message] = [
     m.WriteConfig(0, 4, 1, bytes(4)),
     m.InitPciConfigMapping(0, 256),
     m.MapGuestMemory((m.MemoryRegion(0, 4096, 0),)),
+    m.MapGrants(4096),
     m.ReadVirtualConfig(0),
     m.WriteVirtualConfig(0, 1),
     m.DestroyDevice(),
@@ -56,6 +57,7 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
     m.WriteConfig: m.WriteConfigResult,
     m.InitPciConfigMapping: m.MappingResult,
     m.MapGuestMemory: m.Ok,
+    m.MapGrants: m.Ok,
     m.ReadVirtualConfig: m.ReadVirtualConfigResult,
     m.WriteVirtualConfig: m.Ok,
     m.DestroyDevice: None,
@@ -73,9 +75,10 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
 }
 
 NOT_AWAKE = {m.Activate, m.Read, m.Write, m.SyncedWrite, m.WriteConfig, m.ReadVirtualConfig}
-NOT_AWAKE |= {m.WriteVirtualConfig, m.MapGuestMemory, m.Input, m.Adjust, m.Sync, m.LaneOpen}
+NOT_AWAKE |= {m.WriteVirtualConfig, m.MapGuestMemory, m.MapGrants, m.Input, m.Adjust, m.Sync}
+NOT_AWAKE |= {m.LaneOpen}
 NOT_THERE = {m.Activate, m.InitPciConfigMapping, m.Snapshot, m.Restore, m.Sleep, m.Wake}
-NOT_THERE |= {m.MapGuestMemory, m.Input, m.Adjust, m.LaneOpen}
+NOT_THERE |= {m.MapGuestMemory, m.MapGrants, m.Input, m.Adjust, m.LaneOpen}
 FORBIDDEN: dict[State, set[type[m.Message]]] = {
     State.NEW: set(ANSWERS) - {m.Activate},
     State.ACTIVE: {m.Activate},
@@ -147,7 +150,7 @@ class Rig:
             end.close()
 
     def say(self, command: m.Message) -> None:
-        if not isinstance(command, (m.InitPciConfigMapping, m.MapGuestMemory)):
+        if not isinstance(command, (m.InitPciConfigMapping, m.MapGuestMemory, m.MapGrants)):
             self.tube.send(command.encode())
             return
         fd = lane.create_sealed("memory", 4096)

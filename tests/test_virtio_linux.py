@@ -29,13 +29,18 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 needs_e2fsprogs = pytest.mark.skipif(not (MKFS and FSCK), reason="NO E2FSPROGS: install it")
-EITHER_WAY = pytest.mark.parametrize("isolated", [False, True], ids=["in-process", "jailed"])
+How = dict[str, Any]
+IN_PROCESS: How = {"isolated": False}
+EITHER_WAY = pytest.mark.parametrize("how", [IN_PROCESS, {}], ids=["in-process", "jailed"])
+EACH_WAY = pytest.mark.parametrize(
+    "how", [IN_PROCESS, {}, {"dma": "granted"}], ids=["in-process", "jailed", "granted"]
+)
 
 
 @contextmanager
-def linux(model: str, isolated: bool, append: str = "quiet", **options: Any) -> Iterator[Shell]:
+def linux(model: str, how: How, append: str = "quiet", **options: Any) -> Iterator[Shell]:
     with Machine(memory="256M") as machine:
-        machine.add_device(model, isolated=isolated, **options)
+        machine.add_device(model, **how, **options)
         yield boot(machine, append)
 
 
@@ -64,9 +69,9 @@ def sha1(text: str) -> str:
     return found[0]
 
 
-@EITHER_WAY
-def test_hwrng(isolated: bool) -> None:
-    with linux("rng", isolated) as shell:
+@EACH_WAY
+def test_hwrng(how: How) -> None:
+    with linux("rng", how) as shell:
         assert "virtio_rng.0" in shell.ask("cat /sys/class/misc/hw_random/rng_current")
         first, second = (
             sha1(shell.ask("dd if=/dev/hwrng bs=512 count=2 2>/dev/null | sha1sum"))
@@ -77,7 +82,7 @@ def test_hwrng(isolated: bool) -> None:
 
 @pytest.mark.parametrize("append", ["quiet", "quiet pci=nomsi"], ids=["msi-x", "intx"])
 def test_interrupts(append: str) -> None:
-    with linux("rng", False, append) as shell:
+    with linux("rng", IN_PROCESS, append) as shell:
         shell.ask("dd if=/dev/hwrng of=/dev/null bs=512 count=2")
         lines = shell.ask("cat /proc/interrupts")
         kind = "PCI-MSI" if append == "quiet" else "IO-APIC"
@@ -87,9 +92,9 @@ def test_interrupts(append: str) -> None:
 
 
 @needs_e2fsprogs
-@EITHER_WAY
-def test_ext4_on_a_disk(isolated: bool, image: Path) -> None:
-    with linux("blk", isolated, path=str(image), serial="a-disk") as shell:
+@EACH_WAY
+def test_ext4_on_a_disk(how: How, image: Path) -> None:
+    with linux("blk", how, path=str(image), serial="a-disk") as shell:
         assert "a-disk" in shell.ask("cat /sys/block/vda/serial")
         shell.ask("mkdir /m; mount -t ext4 /dev/vda /m")
         shell.ask("dd if=/dev/urandom of=/m/kept bs=1M count=4; cp /m/kept /m/gone; sync")
@@ -99,7 +104,7 @@ def test_ext4_on_a_disk(isolated: bool, image: Path) -> None:
         assert "error" not in shell.ask("dmesg | grep -i vda").lower()
     check(image)
     assert hashlib.sha1(image.read_bytes()).hexdigest() == whole
-    with linux("blk", isolated, path=str(image), readonly=True) as shell:
+    with linux("blk", how, path=str(image), readonly=True) as shell:
         shell.ask("mkdir /m; mount -t ext4 -o ro /dev/vda /m")
         assert sha1(shell.ask("sha1sum /m/kept")) == there
         assert "1" in shell.ask("cat /sys/block/vda/ro").splitlines()
@@ -107,10 +112,10 @@ def test_ext4_on_a_disk(isolated: bool, image: Path) -> None:
 
 
 @needs_e2fsprogs
-@EITHER_WAY
-def test_a_snapshot_amid_writes(isolated: bool, image: Path, tmp_path: Path) -> None:
+@EACH_WAY
+def test_a_snapshot_amid_writes(how: How, image: Path, tmp_path: Path) -> None:
     """Taken while a file is being written; the restored machine finishes the job."""
-    with linux("blk", isolated, path=str(image)) as shell:
+    with linux("blk", how, path=str(image)) as shell:
         machine = shell.machine
         shell.ask("mkdir /m; mount -t ext4 /dev/vda /m; dd if=/dev/urandom of=/x bs=1M count=8")
         machine.send(
@@ -140,11 +145,11 @@ def test_a_snapshot_amid_writes(isolated: bool, image: Path, tmp_path: Path) -> 
     check(image)
 
 
-@EITHER_WAY
-def test_console_ports(isolated: bool, tmp_path: Path) -> None:
+@EACH_WAY
+def test_console_ports(how: How, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.touch()
-    with linux("console", isolated, log=str(log), columns=100, rows=30) as shell:
+    with linux("console", how, log=str(log), columns=100, rows=30) as shell:
         shell.ask("echo to the port > /dev/vport0p1")
         assert "log" in shell.ask("cat /sys/class/virtio-ports/vport0p1/name")
         assert re.search("30 100|100 30", shell.ask("stty size < /dev/hvc0"))
@@ -153,11 +158,11 @@ def test_console_ports(isolated: bool, tmp_path: Path) -> None:
     assert log.read_bytes() == b"to the port\n"
 
 
-@EITHER_WAY
-def test_console_hvc0(isolated: bool) -> None:
+@EACH_WAY
+def test_console_hvc0(how: How) -> None:
     """The only console of the machine, in both directions."""
     with Machine(memory="256M", devices=()) as machine:
-        machine.add_device("console", CONSOLE, isolated=isolated)
+        machine.add_device("console", CONSOLE, **how)
         machine.boot(Path(DIRECTORY) / "vmlinuz", options(append="console=hvc0"))
         shell = Shell(machine)
         shell.wait()
@@ -166,7 +171,7 @@ def test_console_hvc0(isolated: bool) -> None:
 
 
 @EITHER_WAY
-def test_balloon(isolated: bool) -> None:
+def test_balloon(how: How) -> None:
     """What the guest gave is missing there, and comes back when it is asked for less."""
 
     def free() -> int:
@@ -178,7 +183,7 @@ def test_balloon(isolated: bool) -> None:
         shell.machine.suspend()
         return shell.machine.parts.wiring.attached["balloon"].snapshot()["actual"]
 
-    with linux("balloon", isolated, pages=8192) as shell:
+    with linux("balloon", how, pages=8192) as shell:
         before = free()
         assert given() == 8192
         shell.machine.adjust("balloon", pages=100)

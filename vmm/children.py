@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from devices import registry
 from devices.contract import Device
+from devices.errors import UserError
+from devices.virtio.granted import AREA_LIMIT
+from proxy.child_interface import ChildInterface
+from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailUnavailable
 from proxy.tube import close_all
 from proxy.warden import Start, Warden
-from vmm.config import ClockKind, DeviceConfig, HostOptions, MachineConfig
+from vmm.config import (
+    NOT_GRANTABLE,
+    ClockKind,
+    DeviceConfig,
+    DmaMode,
+    HostOptions,
+    MachineConfig,
+)
+from vmm.granted_proxy import GrantedProxy
 from vmm.host_files import HostFiles
 from vmm.local import DeviceFactory, ModelFactory
+from vmm.memory import GuestMemory
 from vmm.network.links import Links, open_links
+from vmm.wiring import Wiring
 
 DEBUG_EXIT = "debug-exit"
 """The one model that needs no process: all it can do is end the machine."""
@@ -72,6 +87,7 @@ def order_children(
         starts = {}
         for device in isolated:
             factory = factories.get(device.name)
+            _check_dma(device, factory)
             links[device.name] = links_for(device, factory, host_files)
             fds = files_for(device, factory, host_files)
             try:
@@ -81,7 +97,7 @@ def order_children(
                     device.options,
                     factory=own.index(device.name) if device.name in own else None,
                     fds=fds | links[device.name].fds,
-                    guest_memory=config.memory,
+                    guest_memory=config.memory if device.dma is DmaMode.SHARED else AREA_LIMIT,
                     finish_work=config.clock is ClockKind.VIRTUAL,
                 )
             finally:
@@ -119,10 +135,40 @@ def links_for(device: DeviceConfig, factory: DeviceFactory | None, host_files: H
     return links
 
 
-def may_map_memory(device: DeviceConfig, factory: DeviceFactory | None) -> bool:
-    """Whether the device's process may have guest memory, whatever it says itself."""
+def proxy_for(
+    child: ChildInterface,
+    device: DeviceConfig,
+    factory: DeviceFactory | None,
+    wiring: Wiring,
+    memory: GuestMemory,
+    **how: Any,
+) -> ProxyDevice:
+    """The proxy of a process that has started, with as much of guest memory as it may have.
+
+    Args:
+        how: see `ProxyDevice`.
+
+    Raises:
+        UserError: it needs more of guest memory than it may have.
+        DeviceError: it cannot be activated.
+    """
+    if device.dma is DmaMode.GRANTED:
+        return GrantedProxy(
+            child,
+            wiring,
+            memory.for_grants(wiring.cpu.invalidate_pages),
+            lambda: wiring.may_master(device.name),
+            **how,
+        )
     kind = model_of(device, factory)
-    return kind is None or kind.dma
+    may_map = kind is None or kind.dma  # whatever it says itself
+    return ProxyDevice(child, wiring, memory=memory.for_devices() if may_map else None, **how)
+
+
+def _check_dma(device: DeviceConfig, factory: DeviceFactory | None) -> None:
+    kind = model_of(device, factory)
+    if device.dma is DmaMode.GRANTED and kind is not None and not kind.grantable:
+        raise UserError(f"device '{device.name}': {NOT_GRANTABLE}")
 
 
 def _without_process(config: MachineConfig) -> str:

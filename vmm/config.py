@@ -20,9 +20,24 @@ from vmm.places import Place
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 """Device names become file names in a snapshot, so they are kept to this."""
 
+NOT_GRANTABLE = (
+    "dma=granted is for devices that need no more of guest memory than the requests in their "
+    "virtqueues; leave it out"
+)
+
 DEFAULT_MEMORY = 128 << 20
 CONSOLE = "serial"
 """The name of the device that the terminal is connected to, if there is one."""
+
+
+class DmaMode(enum.StrEnum):
+    """How the process of a device with DMA gets at guest memory.
+
+    SHARED: it maps all RAM. GRANTED: it sees the bytes of its requests (`vmm.grants`).
+    """
+
+    SHARED = "shared"
+    GRANTED = "granted"
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class DeviceConfig:
         slot: its PCI slot, ``[BRIDGE:]DEVICE[.FUNCTION]`` (a number alone is a device); None: the
             lowest free device of the root bus.
         may_exit: whether its exit requests are obeyed.
+        dma: how it gets at guest memory, if it does DMA.
     """
 
     name: str
@@ -49,8 +65,15 @@ class DeviceConfig:
     irq: int | None = None
     slot: int | str | None = None
     may_exit: bool = False
+    dma: DmaMode = DmaMode.SHARED
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dma", choice(DmaMode, self.dma, f"device '{self.name}': dma"))
+        if self.dma is DmaMode.GRANTED and not self.isolated:
+            raise UserError(
+                f"device '{self.name}': dma=granted is for a process of its own, which "
+                "isolation=none takes away"
+            )
         if not NAME.fullmatch(self.name):
             raise UserError(
                 f"device name '{self.name}': use 1 to 32 of a-z 0-9 . _ -, first a letter or digit"
@@ -194,8 +217,8 @@ def parse_size(text: str) -> int:
 def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     """A device from ``MODEL[,option=value]...``.
 
-    ``name=``, ``addr=``, ``irq=``, ``slot=`` and ``isolation=jail|none`` mean the same for every
-    model; all else is the model's.
+    ``name=``, ``addr=``, ``irq=``, ``slot=``, ``isolation=jail|none`` and ``dma=shared|granted``
+    mean the same for every model; all else is the model's.
 
     Args:
         taken: names that are in use; a device without ``name=`` avoids them.
@@ -234,11 +257,14 @@ def device_from(
     if isolation not in ("jail", "none"):
         raise UserError(f"{where}: isolation is 'jail' or 'none', not '{isolation}'")
     general = {key: _number(where, key, own) for key in ("addr", "irq")}
+    dma = choice(DmaMode, own.pop("dma", DmaMode.SHARED), f"{where}: dma")
     slot = own.pop("slot", None)
     name = own.pop("name", None) or _free_name(model, taken)
     kind = registry.load(model)
     own = registry.inline_files(kind, own)
     registry.parse_options(kind, own)
+    if dma is DmaMode.GRANTED and not kind.grantable:
+        raise UserError(f"{where}: {NOT_GRANTABLE}")
     return DeviceConfig(
         name,
         model,
@@ -246,6 +272,7 @@ def device_from(
         isolated=isolation == "jail",
         slot=slot,
         may_exit=model == "debug-exit",
+        dma=dma,
         **general,
     )
 

@@ -14,6 +14,7 @@ from vmm.config import (
     DEFAULT_MEMORY,
     ClockKind,
     DeviceConfig,
+    DmaMode,
     HostOptions,
     MachineConfig,
     choice,
@@ -79,6 +80,7 @@ class MachineShape:
         irq: int | None = None,
         slot: int | str | None = None,
         may_exit: bool = False,
+        dma: DmaMode = DmaMode.SHARED,
         **options: Any,
     ) -> str:
         """Attach a device; only before the first `boot`, `restore` or `run`.
@@ -87,7 +89,7 @@ class MachineShape:
             model: a model's name, a `Device` subclass of your own, or a function that makes a
                 device from its `DeviceHost` (it runs in the device's process).
             isolated: False keeps the device in the machine's process.
-            addr, irq, slot, may_exit: see `DeviceConfig`.
+            addr, irq, slot, may_exit, dma: see `DeviceConfig`.
             options: the model's own.
 
         Returns:
@@ -101,7 +103,7 @@ class MachineShape:
         text, factory = sources.model_and_factory(model, options)
         if name is None:
             name = sources.free_name(text, {device.name for device in self.config.devices})
-        device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit)
+        device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit, dma)
         self.config = replace(self.config, devices=(*self.config.devices, device))
         if factory is not None:
             self._factories[name] = factory

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from devices.dma import DmaMemory, Wrote
 from devices.errors import UserError
 from proxy.device import GuestRam
 from proxy.shape import MemoryRegion
@@ -134,6 +135,12 @@ class GuestMemory:
         """What a device process with DMA may map: the RAM, and no ROM."""
         regions = tuple(MemoryRegion(r.start, r.size, r.offset) for r in self.ram)
         return GuestRam(self.fd, regions)
+
+    def for_grants(self, wrote: Wrote) -> DmaMemory:
+        """The RAM as the machine itself reads and writes it for a device: see `DmaMemory`."""
+        memory = DmaMemory(wrote)
+        memory.map([(region.start, region.view) for region in self.ram])
+        return memory
 
     def window(self, address: int, length: int) -> memoryview:
         """The bytes of a guest-physical range, writable in place.

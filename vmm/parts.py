@@ -14,12 +14,11 @@ from time import monotonic, time
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
 from devices.errors import DeviceError, DeviceFailure, UserError
-from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.placement import Placement
 from proxy.tube import close_all
 from vmm.attachment import Attachment
-from vmm.children import files_for, links_for, may_map_memory, order_children
+from vmm.children import files_for, links_for, order_children, proxy_for
 from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
@@ -124,12 +123,14 @@ class Parts:
         self._stack.callback(self.events.close)
         self._build_platform(between)
         meanwhile(self.memory)
+        how = {"deadline": self.host.deadline, "placement": self.placement, "synced": counts}
         for device in self.config.devices:
             start, factory = children.starts.get(device.name), factories.get(device.name)
             if start is None:
                 self._attach_local(device, factory)
             else:
-                proxy = self._activate(start.wait(), may_map_memory(device, factory))
+                proxy = proxy_for(start.wait(), device, factory, self.wiring, self.memory, **how)
+                self._activate(proxy)
                 self._attach(device, Attachment(device, proxy))
                 self._attach_links(children.links[device.name])
         plug_in(self.pci, self.attachments)
@@ -189,15 +190,7 @@ class Parts:
         """The time-stamp counter runs at 1 GHz, so that it is guest time."""
         return self.clock.now()
 
-    def _activate(self, child: ChildInterface, dma: bool) -> ProxyDevice:
-        proxy = ProxyDevice(
-            child,
-            self.wiring,
-            deadline=self.host.deadline,
-            placement=self.placement,
-            memory=self.memory.for_devices() if dma else None,
-            synced=self.config.clock is ClockKind.VIRTUAL,
-        )
+    def _activate(self, proxy: ProxyDevice) -> None:
         self._stack.callback(proxy.shutdown)
         proxy.watch_writes(self._posted)
         proxy.give_up_when(lambda: monotonic() >= self.patience_ends)
@@ -205,7 +198,6 @@ class Parts:
         self.turns.add(proxy.name, proxy.sync)
         self.events.add(proxy.doorbell, lambda: self._rung(proxy))
         self.events.add(proxy.pidfd, lambda: self._ended(proxy))
-        return proxy
 
     def _attach_local(self, device: DeviceConfig, factory: DeviceFactory | None) -> None:
         virtual = self.config.clock is ClockKind.VIRTUAL

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from devices.dma import PAGE_SHIFT
 from devices.errors import DeviceFailure
 from devices.irqchip.ioapic import PINS
 from devices.irqchip.pc import IrqChip
 from devices.pci.host_bridge import PciRoot
 from proxy.shape import ISA_LINES
 from vmm.attachment import Attachment
+from vmm.config import DmaMode
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
 from vmm.log_limit import LogLimit
@@ -35,6 +37,8 @@ class Wiring:
         log_limit: what keeps a device from logging too much.
         lost_msis: messages that were sent where no interrupt controller is, or that the guest had
             not allowed the device to send.
+        lost_writes: runs of pages that a device says it wrote though the guest does not allow it
+            to; nobody looks at them.
     """
 
     cpu: Cpu
@@ -50,6 +54,7 @@ class Wiring:
     log_lines: list[tuple[str, str]] = field(default_factory=list)
     log_limit: LogLimit = field(default_factory=LogLimit)
     lost_msis: int = 0
+    lost_writes: int = 0
     _log_sink: Callable[[str, str], None] | None = None
     _isa_levels: dict[int, set[str]] = field(default_factory=dict)
 
@@ -97,11 +102,9 @@ class Wiring:
 
     def msi(self, name: str, address: int, data: int) -> None:
         """A device sends a message; one from elsewhere than a bus master is not passed on."""
-        attachment = self.attached.get(name)
-        slot = None if attachment is None else attachment.slot
         if self.irqchip is None or self.pci is None:
             return
-        if slot is None or not self.pci.may_master(slot):
+        if not self.may_master(name):
             reason = "it is no bus master"
         elif not self.irqchip.msi(address, data):
             reason = "no interrupt controller takes it"
@@ -110,8 +113,28 @@ class Wiring:
         self.lost_msis += 1
         self.log(name, f"MSI {data:#x} to {address:#x} is lost: {reason}")
 
+    def may_master(self, name: str) -> bool:
+        """Whether a device is a PCI function that the guest lets write to memory."""
+        attachment = self.attached.get(name)
+        slot = None if attachment is None else attachment.slot
+        return slot is not None and self.pci is not None and self.pci.may_master(slot)
+
     def wrote_pages(self, name: str, runs: Sequence[tuple[int, int]]) -> None:
-        self.cpu.invalidate_pages(runs)
+        """A device says that it wrote pages of guest memory."""
+        attachment = self.attached.get(name)
+        if attachment is None:
+            reason = ""
+        elif attachment.config.dma is DmaMode.GRANTED:
+            reason = "it has no guest memory"
+        else:
+            masters = attachment.slot is None or self.may_master(name)
+            reason = "" if masters else "it is no bus master"
+        if not reason:
+            self.cpu.invalidate_pages(runs)
+            return
+        self.lost_writes += len(runs)
+        pages = ", ".join(f"{count} at {first << PAGE_SHIFT:#x}" for first, count in runs[:4])
+        self.log(name, f"pages that it says it wrote ({pages}) are not looked at: {reason}")
 
     def want_turn(self, name: str) -> None:
         self.turn_wanted(name)

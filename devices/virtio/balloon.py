@@ -59,6 +59,8 @@ class Balloon(VirtioDevice):
     config_size: ClassVar[int] = _CONFIG.size
     queues = (Queue("inflate", 128), Queue("deflate", 128), Queue("reporting", 128))
     in_order: ClassVar[bool] = True
+    grantable: ClassVar[bool] = False
+    """The pages that it gives back lie in no request."""
     Options = BalloonOptions
     State = BalloonState
     options: BalloonOptions

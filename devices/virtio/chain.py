@@ -28,6 +28,7 @@ class Chain:
         size: bytes that are still to be read.
         room: bytes that can be written in all.
         written: bytes that were written, from the start without a hole.
+        elsewhere: begin and end, in the room, of all that `write_at` wrote.
         held: the handler completes it later, with `VirtQueue.complete`.
         epoch: which life of its queue it belongs to, see `VirtQueue`.
     """
@@ -37,6 +38,7 @@ class Chain:
         "_places",
         "_sources",
         "count",
+        "elsewhere",
         "epoch",
         "held",
         "id",
@@ -54,6 +56,7 @@ class Chain:
         self.size = 0
         self.room = 0
         self.written = 0
+        self.elsewhere = (0, 0)
         self.held = False
         self.epoch = 0
 
@@ -104,12 +107,18 @@ class Chain:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write after what was written before; the number of bytes that there was room for."""
         part = min(len(data), self.room - self.written)
-        self.write_at(self.written, data[:part])
+        self._put(self.written, data[:part])
         self.written += part
         return part
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write `data` at byte `offset` of the room; `written` stays as it is."""
+        begin, end = self.elsewhere
+        past = offset + len(data)
+        self.elsewhere = (min(begin, offset), max(end, past)) if end else (offset, past)
+        self._put(offset, data)
+
+    def _put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         done = 0
         for address, length in self._spans(offset, len(data)):
             self._memory.write(address, data[done : done + length])

@@ -46,8 +46,8 @@ _HALF = 0xFFFF_FFFF
 
 
 @dataclass
-class VirtioState(PciState):
-    """What every virtio device keeps; models extend it.
+class TransportState:
+    """What the driver has set up, in these registers.
 
     Attributes:
         config_changed: the device's configuration has changed since the driver last read of it.
@@ -65,12 +65,18 @@ class VirtioState(PciState):
     queues: list[QueueState] = field(default_factory=list)
 
 
+@dataclass
+class VirtioState(TransportState, PciState):
+    """What every virtio device keeps; models extend it."""
+
+
 class Owner(Protocol):
     """The device, as its registers see it."""
 
-    state: VirtioState
-    virtqueues: Sequence[VirtQueue]
-
+    @property
+    def virtqueues(self) -> Sequence[VirtQueue]: ...
+    @property
+    def state(self) -> TransportState: ...
     @property
     def offered(self) -> int: ...
     def accepts(self, features: int) -> bool: ...
@@ -216,7 +222,9 @@ class CommonConfig:
             queue.reset()
 
 
-def check_state(state: VirtioState, queues: Sequence[VirtQueue], offered: int, most: int) -> None:
+def check_state(
+    state: TransportState, queues: Sequence[VirtQueue], offered: int, most: int
+) -> None:
     """See whether `state` can be that of a device with these queues, features and vectors.
 
     Raises:

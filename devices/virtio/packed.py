@@ -12,7 +12,8 @@ from devices.virtio.ring import (
     F_NEXT,
     F_WRITE,
     QueueState,
-    passed,
+    advance,
+    quota,
 )
 
 _DESC = struct.Struct("<QIHH")  # address, length, id, flags
@@ -49,6 +50,7 @@ class PackedRing:
         self._ring = memory.window(state.desc, DESC_SIZE * state.size)
         self._driver = memory.window(state.driver, _EVENT.size)
         self._device = memory.window(state.device, _EVENT.size)
+        self._first_used, self._first_wrap = state.next_used, state.used_wrap
         self._used = 0
 
     def take(self) -> Chain | None:
@@ -58,7 +60,7 @@ class PackedRing:
             self._listen()
             return None
         chain = self._walk()
-        state.next_avail, flip = _wrapped(state.next_avail + chain.count, state.size)
+        state.next_avail, flip = advance(state.next_avail + chain.count, state.size)
         state.avail_wrap ^= flip
         return chain
 
@@ -113,27 +115,25 @@ class PackedRing:
         # A chain can be 4 GiB long, one more than its length field holds.
         written = min(chain.written, 0xFFFF_FFFF)
         _USED.pack_into(self._ring, DESC_SIZE * state.next_used + 8, written, chain.id, flags)
-        state.next_used, flip = _wrapped(state.next_used + chain.count, state.size)
+        state.next_used, flip = advance(state.next_used + chain.count, state.size)
         state.used_wrap ^= flip
         self._used += chain.count
 
-    def close(self) -> bool:
+    def quota(self) -> int:
         state = self._state
-        if not self._used:
-            return False
-        self._memory.mark(state.desc, len(self._ring))
         where, flags = _EVENT.unpack_from(self._driver)
         flags &= _EVENT_FLAGS
         if flags == _DISABLE:
-            return False
+            return 0
         if flags != _DESC_EVENT or not self._event_idx:
-            return True
+            return 1
         event = where & ~_WRAP
-        if bool(where & _WRAP) != state.used_wrap:
-            event -= state.size
-        return passed(event, state.next_used, state.next_used - self._used)
+        if bool(where & _WRAP) != self._first_wrap:
+            event += state.size
+        return quota(event, self._first_used)
 
-
-def _wrapped(position: int, size: int) -> tuple[int, bool]:
-    """A position that may have run past the end once: where it is, and whether it has."""
-    return (position - size, True) if position >= size else (position, False)
+    def close(self) -> bool:
+        if not self._used:
+            return False
+        self._memory.mark(self._state.desc, len(self._ring))
+        return 0 < self.quota() <= self._used

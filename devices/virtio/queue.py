@@ -12,7 +12,7 @@ from devices.virtio.ring import (
     F_NEXT,
     F_WRITE,
     QueueState,
-    passed,
+    quota,
 )
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
@@ -113,14 +113,15 @@ class SplitRing:
         state.next_used = (state.next_used + 1) & 0xFFFF
         _U16.pack_into(self._used, 2, state.next_used)
 
-    def close(self) -> bool:
-        state, old = self._state, self._first_used
-        pushed = state.next_used != old
-        if pushed or self._dirty:
-            self._memory.mark(state.device, len(self._used))
-        if not pushed:
-            return False
+    def quota(self) -> int:
         if self._event_idx:
-            event = _U16.unpack_from(self._avail, _HEADER + 2 * state.size)[0]
-            return passed(event, state.next_used, old)
-        return not _U16.unpack_from(self._avail, 0)[0] & _NO_INTERRUPT
+            event = _U16.unpack_from(self._avail, _HEADER + 2 * self._state.size)[0]
+            return quota(event, self._first_used)
+        return 0 if _U16.unpack_from(self._avail, 0)[0] & _NO_INTERRUPT else 1
+
+    def close(self) -> bool:
+        state = self._state
+        used = (state.next_used - self._first_used) & 0xFFFF
+        if used or self._dirty:
+            self._memory.mark(state.device, len(self._used))
+        return used > 0 and 0 < self.quota() <= used

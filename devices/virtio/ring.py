@@ -72,6 +72,10 @@ class Ring(Protocol):
         """Give a chain back."""
         ...
 
+    def quota(self) -> int:
+        """How many places must be used until the driver wants to be notified; 0: it does not."""
+        ...
+
     def close(self) -> bool:
         """The turn ends: whether the driver wants to be notified of what was given back."""
         ...
@@ -105,12 +109,9 @@ class VirtQueue:
         Raises:
             RingError, DmaFault: the driver broke a rule; leave this to the transport.
         """
-        ring = self._ring
-        if ring is None:
-            if not self.state.enabled:
-                return None
-            ring = self._ring = self._open_ring(self.state)
-        chain = ring.take()
+        if not self.state.enabled:
+            return None
+        chain = self._opened().take()
         if chain is not None:
             self._taken += chain.count
             if self._taken > self.state.size:
@@ -134,15 +135,26 @@ class VirtQueue:
         """Give a request back, `chain.written` bytes long; what is not owned is forgotten."""
         if not self.owns(chain):
             return
-        if self._ring is None:
-            self._ring = self._open_ring(self.state)
         self._taken -= chain.count
-        self._ring.use(chain)
+        self._opened().use(chain)
+
+    def quota(self) -> int:
+        """See `Ring.quota`; only while the queue is enabled.
+
+        Raises:
+            RingError, DmaFault: as `pop`.
+        """
+        return self._opened().quota()
 
     def close(self) -> bool:
         """The turn ends; whether the driver is to be notified."""
         ring, self._ring = self._ring, None
         return ring is not None and ring.close()
+
+    def _opened(self) -> Ring:
+        if self._ring is None:
+            self._ring = self._open_ring(self.state)
+        return self._ring
 
     def forget(self) -> None:
         """What was taken will not be given back."""
@@ -156,6 +168,11 @@ class VirtQueue:
         vars(self.state).update(vars(QueueState(self.most)))
 
 
-def passed(event: int, new: int, old: int) -> bool:
-    """Whether an index that went from `old` to `new` went past `event` (2.7.7.2), all 16 bits."""
-    return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+def quota(event: int, next_used: int) -> int:
+    """How many places, used from `next_used` on, go past `event` (2.7.7.2), all 16 bits."""
+    return (event - next_used & 0xFFFF) + 1
+
+
+def advance(position: int, size: int) -> tuple[int, bool]:
+    """A position that may have run past the end once: where it is, and whether it has."""
+    return (position - size, True) if position >= size else (position, False)

@@ -51,9 +51,9 @@ from devices.pci.registers import Field
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.common import COMMON_SIZE, CommonConfig, VirtioState, check_state
 from devices.virtio.features import LIVE, NO_VECTOR, TRANSPORT, Feature, Status
-from devices.virtio.packed import PackedRing
-from devices.virtio.queue import SplitRing
+from devices.virtio.granted import GrantedMemory, GrantedRing
 from devices.virtio.ring import Queue, QueueState, Ring, VirtQueue
+from devices.virtio.rings import open_ring
 from devices.virtio.structures import (
     COMMON_CFG,
     DEVICE_CFG,
@@ -80,6 +80,7 @@ class VirtioDevice(PciFunction):
     """A virtio device; see the module's text for how to write one."""
 
     dma: ClassVar[bool] = True
+    grantable: ClassVar[bool] = True
     State: ClassVar[type] = VirtioState
     state: VirtioState
 
@@ -97,10 +98,11 @@ class VirtioDevice(PciFunction):
     def __init__(self, host: DeviceHost, options: Any = None) -> None:
         super().__init__(host, options)
         self.virtqueues: Sequence[VirtQueue] = tuple(
-            VirtQueue(index, declared, self._open_ring)
+            VirtQueue(index, declared, partial(self._open_ring, index))
             for index, declared in enumerate(self.queues)
         )
         self.state.queues[:] = [queue.state for queue in self.virtqueues]
+        self._granted: GrantedMemory | None = None
         self._offered = int(TRANSPORT | self.features() | (Feature.IN_ORDER * self.in_order))
         self._common = CommonConfig(self, self.msix.vectors)
         self._rung: set[int] = set()
@@ -203,10 +205,16 @@ class VirtioDevice(PciFunction):
             if queue.close():
                 self._interrupt_queue(queue)
 
-    def _open_ring(self, state: QueueState) -> Ring:
-        kind = PackedRing if self.negotiated(Feature.RING_PACKED) else SplitRing
-        indirect = self.negotiated(Feature.INDIRECT_DESC)
-        return kind(state, self.host.memory, indirect, self.negotiated(Feature.EVENT_IDX))
+    def _open_ring(self, index: int, state: QueueState) -> Ring:
+        if self._granted is not None:
+            return GrantedRing(state, self._granted, index)
+        return open_ring(state, self.host.memory, self.state.driver_features)
+
+    def queue_sizes(self) -> tuple[int, ...]:
+        return tuple(queue.most for queue in self.virtqueues)
+
+    def map_grants(self, area: memoryview) -> None:
+        self._granted = GrantedMemory(area, self.queue_sizes())
 
     def _needs_reset(self, what: str) -> None:
         self.host.log(f"{self.model}: the driver must reset the device: {what}")

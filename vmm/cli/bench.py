@@ -1,4 +1,4 @@
-"""``bench``: accesses, CPU speed, device start, snapshots; ratios within one run.
+"""``bench``: accesses, CPU speed, disk requests, device start, snapshots; ratios within one run.
 
 Accesses are made by a guest: a loop of one load or store, so a figure is the whole way from the
 trapped instruction to the device and back. Each figure is the median of several rounds. What it is
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from vmm.bench import access, events, lifecycle, linux, network, speed
+from vmm.bench import access, disk, events, lifecycle, linux, network, speed
 from vmm.network.user import find_program
 
 ROUNDS = 7
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     figures += _speed(rounds, scale)
     progress("exceptions, system calls, interrupts")
     figures += _events(rounds, scale)
+    progress("disk requests")
+    figures += _disk(rounds, scale)
     progress("device start and memory")
     figures += _lifecycle(rounds)
     if args.linux is not None:
@@ -144,6 +146,19 @@ def _events(rounds: int, scale: int) -> list[Figure]:
         got = _rounds(bench.round, rounds)
     goals = {"exception": 6.0, "exception, ring 3": 6.0, "system call": 4.0, "interrupt": 10.0}
     return [Figure(f"{name}, there and back", got[name], "us", Goal(goals[name])) for name in got]
+
+
+def _disk(rounds: int, scale: int) -> list[Figure]:
+    with disk.DiskBench(2_000 // scale) as bench:
+        got = _rounds(bench.round, rounds)
+    return [
+        Figure("disk, 4 KiB read, dma=shared", got["shared_read"], "us", Goal(150)),
+        Figure("  ... dma=granted", got["granted_read"], "us", Goal(150)),
+        Figure("  ... ratio", got["ratio_read"], "x"),
+        Figure("disk, 128 KiB reads, dma=shared", got["shared_stream"], "MiB/s"),
+        Figure("  ... dma=granted", got["granted_stream"], "MiB/s"),
+        Figure("  ... ratio", got["ratio_stream"], "x"),
+    ]
 
 
 def _linux(directory: Path, rounds: int) -> list[Figure]:

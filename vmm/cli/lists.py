@@ -31,6 +31,7 @@ GENERAL_OPTIONS = (
     ("irq", "number", "the ISA interrupt line of its pin"),
     ("slot", "[BRIDGE:]DEVICE[.FUNCTION]", "its PCI slot; the default is the lowest that is free"),
     ("isolation", "jail|none", "none: no process of its own, all rights of this user"),
+    ("dma", "shared|granted", "granted: of guest memory it gets its requests and nothing else"),
 )
 
 
@@ -48,6 +49,7 @@ def devices(args: argparse.Namespace) -> int:
             name: {
                 "summary": model.summary,
                 "dma": model.dma,
+                "grantable": model.grantable,
                 "options": [asdict(each) for each in options[name]],
             }
             for name, model in models.items()
@@ -55,7 +57,9 @@ def devices(args: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     for name, model in models.items():
-        print(f"{name}  {model.summary}{'; does DMA' if model.dma else ''}")
+        dma = "; does DMA" if model.dma else ""
+        dma += ", dma=granted is possible" if model.grantable else ""
+        print(f"{name}  {model.summary}{dma}")
         for each in options[name]:
             default = "" if not each.default else f" (default: {each.default})"
             needed = " (must be given)" if each.default is None else ""
@@ -102,6 +106,7 @@ def jail(args: argparse.Namespace) -> int:
                 reports[proxy.name],
                 parts.host_files.held.get(proxy.name, []),
                 parts.memory.size if proxy.maps_memory else 0,
+                proxy.granted_bytes,
             )
             for proxy in parts.proxies
         }

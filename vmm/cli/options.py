@@ -129,7 +129,8 @@ def add_boot(commands: Any) -> None:
         metavar="MODEL[,OPTION=VALUE]...",
         action="append",
         default=[],
-        help="one more device; every model takes name=, addr=, irq=, slot=, isolation=jail|none",
+        help="one more device; every model takes name=, addr=, irq=, slot=, isolation=jail|none, "
+        "dma=shared|granted",
     )
     image.add_argument(
         "--disk",
@@ -315,7 +316,7 @@ def add_demo(commands: Any) -> None:
 def add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure accesses, CPU speed, device start and snapshots",
+        help="measure accesses, CPU speed, disk requests, device start and snapshots",
         description="Every figure is the median of several rounds in one run; ratios compare "
         "figures of that run, since hosts are noisy.",
     )
