@@ -178,7 +178,7 @@ def test_an_idle_device_that_dies_is_noticed_without_an_access() -> None:
 
 
 def test_a_hung_device_is_named_at_the_deadline() -> None:
-    with Machine(memory="16M", host=HostOptions(deadline=0.3)) as machine:
+    with Machine(memory="16M", host=HostOptions(deadline=1)) as machine:
         machine.boot("stress")
         machine.run(budget=50_000)
         os.kill(_pid(machine, "echo"), signal.SIGSTOP)
