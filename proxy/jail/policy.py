@@ -221,6 +221,10 @@ _OWN: Final[dict[str, Policy]] = {
     "net": Policy(
         extra=(Rule("ioctl", "tells its tap what the driver takes", (Arg(1, _TUNSETOFFLOAD),)),),
     ),
+    "vsock": Policy(
+        extra=_each("the guest sends no more on a connection", "shutdown"),
+        open_files=256 + 64,
+    ),
     "serial": Policy(),
     "echo": Policy(),
     "config-space": Policy(),
