@@ -222,8 +222,8 @@ _OWN: Final[dict[str, Policy]] = {
         extra=(Rule("ioctl", "tells its tap what the driver takes", (Arg(1, _TUNSETOFFLOAD),)),),
     ),
     "vsock": Policy(
-        extra=_each("the guest sends no more on a connection", "shutdown"),
-        open_files=256 + 64,
+        extra=_each("the end of a connection, or of one direction", "shutdown"),
+        open_files=1024,
     ),
     "serial": Policy(),
     "echo": Policy(),

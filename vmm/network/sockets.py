@@ -53,7 +53,7 @@ class SocketsEnd:
                 stream, _ = self._listener.accept()
                 with stream:
                     stream.setblocking(False)
-                    self._send(link.VISITED, [stream.fileno()])
+                    self._send([link.VISITED], [stream.fileno()])
 
     def _asked(self) -> None:
         """The device wants connections. However many: the guest has at least half of the time."""
@@ -95,10 +95,10 @@ class SocketsEnd:
             else:
                 self._send(*link.answer(stream.fileno()))
 
-    def _send(self, data: bytes, fds: list[int]) -> None:
+    def _send(self, data: list[bytes], fds: list[int]) -> None:
         """Say something; what the device does not listen to is lost, and the stream with it."""
         with suppress(OSError):
-            socket.send_fds(self._ours, [data], fds)
+            socket.send_fds(self._ours, data, fds)
 
     def close(self) -> None:
         if self._closed:

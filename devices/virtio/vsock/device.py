@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from devices import host_io
 from devices.contract import DeviceHost
 from devices.files import HostLink
 from devices.virtio.chain import Chain, RingError
@@ -105,6 +106,8 @@ class Vsock(VirtioDevice):
         self._next_port = FIRST_PORT
         self._held_up = False
         self._reset_due = False
+        self._hung_up: list[int] = []
+        self._to_close: list[int] = []
 
     def features(self) -> int:
         return F_STREAM
@@ -274,14 +277,15 @@ class Vsock(VirtioDevice):
 
     def _drop(self, stream: Stream) -> None:
         self._streams.pop(stream.key, None)
-        self._by_fd.pop(stream.fd, None)
-        stream.close()
+        if stream.fd >= 0:
+            del self._by_fd[stream.fd]
+            self._let_go(stream.fd)
 
     def _drop_all(self) -> None:
         for stream in list(self._streams.values()):
             self._drop(stream)
-        for fd in self._greetings:
-            os.close(fd)
+        for fd in list(self._greetings):
+            self._let_go(fd)
         self._greetings.clear()
         self._replies.clear()
         self._readable.clear()
@@ -293,9 +297,23 @@ class Vsock(VirtioDevice):
             self._readable.append(stream)
             self.ring(self.virtqueues[RX])
 
+    def _let_go(self, fd: int) -> None:
+        """End a connection; its descriptor is closed once nobody can be waiting for it."""
+        host_io.hang_up(fd)
+        self._hung_up.append(fd)
+
+    def _close_old(self) -> None:
+        for fd in self._to_close:
+            os.close(fd)
+        self._to_close, self._hung_up = self._hung_up, []
+
     # The host.
 
     def watched(self) -> Sequence[int]:
+        # What was let go since the last time is not among them any more; by the next time the loop
+        # has seen that. A number that was free before would be taken by another connection, and
+        # the loop would not see the difference.
+        self._close_old()
         fds = list(self._greetings)
         if self._host is not None and not self._host.gone:
             fds.append(self._host.fd)
@@ -334,16 +352,18 @@ class Vsock(VirtioDevice):
         if answer is None:
             return
         if not answer.asked:
+            if answer.fd < 0:
+                return  # it came, but this process can have no more descriptors
             full = len(self._streams) + len(self._greetings) >= MOST_STREAMS
             if full or not self.live:
-                os.close(answer.fd)
+                self._let_go(answer.fd)
             else:
                 self._greetings[answer.fd] = b""
             return
         stream = self._asked.popleft() if self._asked else None
         if stream is None or self._streams.get(stream.key) is not stream:
             if answer.fd >= 0:
-                os.close(answer.fd)  # the guest does not want it any more
+                self._let_go(answer.fd)  # the guest does not want it any more
         elif answer.fd < 0:
             self._abort(stream)
         else:
@@ -365,7 +385,7 @@ class Vsock(VirtioDevice):
         del self._greetings[fd]
         port = _wanted_port(said)
         if port is None or not self.live:
-            os.close(fd)
+            self._let_go(fd)
             return
         while (port, self._next_port) in self._streams:
             self._step_port()
@@ -385,6 +405,8 @@ class Vsock(VirtioDevice):
 
     def close(self) -> None:
         self._drop_all()
+        self._close_old()
+        self._close_old()
         if self._host is not None:
             self._host.close()
             self._host = None

@@ -23,6 +23,7 @@ import struct
 from typing import NamedTuple
 
 _U32 = struct.Struct("<I")
+_FD = struct.Struct("@i")
 CONNECTED, REFUSED, VISITED = b"+", b"-", b"!"
 _LONGEST = 5
 
@@ -54,17 +55,19 @@ class HostSide:
 
     def take(self) -> Answer | None:
         """What the machine says; the caller owns the descriptor. None: nothing now."""
+        # Not socket.recv_fds: it forgets the flags (CPython 3.11).
         flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _LONGEST, 1, flags)
+            data, rights, _, _ = self._socket.recvmsg(_LONGEST, socket.CMSG_LEN(_FD.size), flags)
         except BlockingIOError:
             return None
         except OSError:
-            data, fds = b"", []
+            data, rights = b"", []
         if not data:
             self.gone = True
             return None
-        return Answer(fds[0] if fds else -1, data[:1] != VISITED)
+        fd = _FD.unpack(rights[0][2])[0] if rights else -1
+        return Answer(fd, data[:1] != VISITED)
 
     def close(self) -> None:
         """Let go of the descriptor, which stays with its owner."""
@@ -76,11 +79,11 @@ def asked_port(message: bytes) -> int | None:
     return _U32.unpack(message)[0] if len(message) == _U32.size else None
 
 
-def answer(connection: int | OSError) -> tuple[bytes, list[int]]:
+def answer(connection: int | OSError) -> tuple[list[bytes], list[int]]:
     """For the machine: the answer to `connect`, and the descriptors that ride on it."""
     if isinstance(connection, int):
-        return CONNECTED, [connection]
-    return REFUSED + _U32.pack(connection.errno or 0), []
+        return [CONNECTED], [connection]
+    return [REFUSED + _U32.pack(connection.errno or 0)], []
 
 
 def read_some(fd: int, count: int) -> bytes | None:

@@ -31,7 +31,7 @@ class Stream:
     """A connection between `guest_port` and `host_port`.
 
     Attributes:
-        fd: of the host's side, owned; -1 while there is none.
+        fd: of the host's side; -1 while there is none.
         peer_room, peer_taken: the guest's buf_alloc and fwd_cnt.
         sent: bytes that were sent to the guest.
         readable: it is known to have something for the guest, or to be at its end.
@@ -136,9 +136,3 @@ class Stream:
     def over(self) -> bool:
         """The guest neither sends nor takes any more, and all that it sent is away."""
         return self.finished and self.deaf and not self._waiting
-
-    def close(self) -> None:
-        """Let go of the host's side."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
