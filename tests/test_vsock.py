@@ -18,7 +18,8 @@ from devices.errors import UserError
 from devices.registry import parse_options
 from devices.virtio.vsock import device as vsock
 from devices.virtio.vsock import link
-from devices.virtio.vsock.device import FIRST_PORT, MOST_STREAMS, RX, TX, Vsock, _wanted_port
+from devices.virtio.vsock.device import FIRST_PORT, MOST_STREAMS, RX, TX, Vsock
+from devices.virtio.vsock.greeting import wanted_port
 from devices.virtio.vsock.packet import HEADER_SIZE, Header, Op
 from devices.virtio.vsock.stream import ROOM
 
@@ -212,13 +213,13 @@ def test_greetings_that_lead_nowhere(line: bytes) -> None:
 
 @given(st.binary(max_size=40))
 def test_any_greeting(line: bytes) -> None:
-    port = _wanted_port(line)
+    port = wanted_port(line)
     assert port is None or (0 <= port < 1 << 32 and line.upper().startswith(b"CONNECT "))
 
 
 def test_greeting_forms() -> None:
-    assert _wanted_port(b"CONNECT 0\n") == 0
-    assert _wanted_port(b"connect 4294967295\r\n") == 0xFFFF_FFFF
+    assert wanted_port(b"CONNECT 0\n") == 0
+    assert wanted_port(b"connect 4294967295\r\n") == 0xFFFF_FFFF
 
 
 def test_before_the_driver_is_there_nobody_is_let_in() -> None:

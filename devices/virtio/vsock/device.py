@@ -17,17 +17,17 @@ import os
 import struct
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from devices import host_io
 from devices.contract import DeviceHost
-from devices.files import HostLink
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.features import Status
 from devices.virtio.ring import Queue, VirtQueue
 from devices.virtio.transport import VirtioDevice
-from devices.virtio.vsock.link import HostSide, read_some
+from devices.virtio.vsock.greeting import Greeting
+from devices.virtio.vsock.link import HostSide
+from devices.virtio.vsock.options import VsockOptions
 from devices.virtio.vsock.packet import (
     HEADER_SIZE,
     HOST_CID,
@@ -42,42 +42,13 @@ from devices.virtio.vsock.stream import Phase, Stream
 F_STREAM = 1 << 0
 RX, TX, EVENT = 0, 1, 2
 TRANSPORT_RESET = 0
-LOWEST_CID, HIGHEST_CID = 3, 0xFFFF_FFFE
-"""5.10.4: the others are reserved."""
 FIRST_PORT, PORTS = 1 << 30, 1 << 30
 """Of the host's side of connections that the host begins."""
 MOST_STREAMS = 256
-LONGEST_GREETING = 32
 MOST_REPLIES = 1024
 """Packets that wait for the guest; then it is not heard until it takes some (5.10.6.2)."""
-LONGEST_PATH = 96
-"""Of 107 bytes that the path of a UNIX socket may have, a port and "_" take 11."""
 _LONGEST_PACKET = 64 << 10
 _COST = 16
-
-
-@dataclass
-class VsockOptions:
-    """A socket device.
-
-    Attributes:
-        path: of the UNIX socket to which programs of the host connect; those on which they listen
-            for the guest have the same path with _PORT after it.
-        cid: the guest's address, from 3 on.
-    """
-
-    path: Annotated[str, HostLink("sockets")] = ""
-    cid: int = 3
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path=SOCKET is needed: the UNIX socket that leads to the guest")
-        if len(os.fsencode(self.path)) > LONGEST_PATH or "\0" in self.path:
-            raise ValueError(
-                f"path has at most {LONGEST_PATH} bytes: those of UNIX sockets are short"
-            )
-        if not LOWEST_CID <= self.cid <= HIGHEST_CID:
-            raise ValueError(f"cid is {LOWEST_CID} to {HIGHEST_CID:#x}")
 
 
 class Vsock(VirtioDevice):
@@ -99,8 +70,8 @@ class Vsock(VirtioDevice):
         self._by_fd: dict[int, Stream] = {}
         self._asked: deque[Stream] = deque()
         """Connections that the machine was asked for and has not answered yet."""
-        self._greetings: dict[int, bytes] = {}
-        """Programs of the host that have not said yet where they want to go, and what they said."""
+        self._greetings: dict[int, Greeting] = {}
+        """Programs of the host that have not said yet where they want to go."""
         self._replies: deque[bytes] = deque()
         self._readable: deque[Stream] = deque()
         self._next_port = FIRST_PORT
@@ -358,7 +329,7 @@ class Vsock(VirtioDevice):
             if full or not self.live:
                 self._let_go(answer.fd)
             else:
-                self._greetings[answer.fd] = b""
+                self._greetings[answer.fd] = Greeting()
             return
         stream = self._asked.popleft() if self._asked else None
         if stream is None or self._streams.get(stream.key) is not stream:
@@ -372,18 +343,13 @@ class Vsock(VirtioDevice):
             self._say(stream, Op.RESPONSE)
 
     def _greeted(self, fd: int) -> None:
-        """A program of the host says where it wants to go; not a byte more is read than that."""
-        said = self._greetings[fd]
-        while not said.endswith(b"\n"):
-            more = read_some(fd, 1)
-            if more is None:
-                self._greetings[fd] = said
-                return
-            said += more
-            if not more or len(said) > LONGEST_GREETING:
-                break
+        """A program of the host says where it wants to go."""
+        greeting = self._greetings[fd]
+        greeting.hear(fd)
+        if not greeting.over:
+            return
         del self._greetings[fd]
-        port = _wanted_port(said)
+        port = greeting.port
         if port is None or not self.live:
             self._let_go(fd)
             return
@@ -416,13 +382,3 @@ class Vsock(VirtioDevice):
         self._drop_all()
         # Whether there were connections is the driver's to know.
         self._reset_due = bool(self.state.status & Status.DRIVER_OK)
-
-
-def _wanted_port(line: bytes) -> int | None:
-    """The port of ``CONNECT PORT`` and a line feed."""
-    word, _, number = line.partition(b" ")
-    number = number.removesuffix(b"\n").removesuffix(b"\r")
-    if word.upper() != b"CONNECT" or not line.endswith(b"\n") or not number.isdigit():
-        return None
-    port = int(number)
-    return port if port <= 0xFFFF_FFFF else None
