@@ -15,6 +15,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ class HostFile:
 
 @dataclass(frozen=True)
 class HostLink:
-    """The option names what a network card is connected to, see `devices.virtio.link`."""
+    """The option names what a device is connected to, and `fds` has its end of that.
+
+    Attributes:
+        kind: "network": what a network card is plugged into, see `devices.virtio.link`;
+            "sockets": the path of UNIX sockets, see `devices.virtio.vsock.link`.
+    """
+
+    kind: Literal["network", "sockets"] = "network"
 
 
-def host_links(options: type) -> list[str]:
-    """The options that name a link, of a model's `Options`."""
-    return [name for name, note in _notes(options) if isinstance(note, HostLink)]
+def host_links(options: type) -> dict[str, HostLink]:
+    """The options that name a link, by name, of a model's `Options`."""
+    return {name: note for name, note in _notes(options) if isinstance(note, HostLink)}
 
 
 def host_files(options: type) -> dict[str, HostFile]:

@@ -11,6 +11,8 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 """Linux, include/uapi/linux/falloc.h."""
 _MADV_REMOVE = 9
 """Linux, include/uapi/asm-generic/mman-common.h: free the pages of a shared mapping's file."""
+_SHUT_WR, _SHUT_RDWR = 1, 2
+"""Linux, include/linux/net.h."""
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _CHUNK = bytes(1 << 20)
 
@@ -67,6 +69,16 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     if code in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code))
+
+
+def end_of_stream(fd: int) -> None:
+    """Say to the other end of a stream socket that nothing more comes; harmless when repeated."""
+    _libc.shutdown(fd, _SHUT_WR)
+
+
+def hang_up(fd: int) -> None:
+    """End a stream socket in both directions; the descriptor stays."""
+    _libc.shutdown(fd, _SHUT_RDWR)
 
 
 def release(view: memoryview) -> bool:

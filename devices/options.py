@@ -80,7 +80,7 @@ def _kind(hint: Any) -> str:
         if isinstance(note, HostFile):
             return "DIRECTORY" if note.directory else "FILE"
         if isinstance(note, HostLink):
-            return "user|pair:NAME|tap:NAME"
+            return "SOCKET" if note.kind == "sockets" else "user|pair:NAME|tap:NAME"
         if isinstance(note, msgspec.Meta) and note.ge is not None and note.le is not None:
             return f"{note.ge}..{note.le:#x}" if note.le > 9 else f"{note.ge}..{note.le}"
     if notes:

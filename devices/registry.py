@@ -32,6 +32,7 @@ MODELS: dict[str, str] = {
     "net": "devices.virtio.net:Net",
     "pvpanic": "devices.pvpanic:PvPanic",
     "rng": "devices.virtio.rng:Rng",
+    "vsock": "devices.virtio.vsock.device:Vsock",
 }
 
 LARGEST_FILE = 512 << 10

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jail_tools import ORDINARY_UID
 from devices.bus import BusDevice
 from devices.contract import Device, NoState
 from devices.errors import DeviceFailure
-from devices.files import host_files
+from devices.files import host_files, host_links
 from devices.registry import load, parse_options
 from proxy.device import ProxyDevice
 from proxy.placement import Placement
@@ -140,7 +141,7 @@ class Upcalls:
 
 @contextmanager
 def given_files(kind: type[Device]) -> Iterator[tuple[dict[str, str], dict[str, int]]]:
-    """A file of 64 KiB, or an empty directory, for each option of a model that names one.
+    """A file of 64 KiB, an empty directory or a link for each option of a model that needs one.
 
     Gives options and descriptors.
     """
@@ -156,6 +157,11 @@ def given_files(kind: type[Device]) -> Iterator[tuple[dict[str, str], dict[str, 
                 fds[name] = os.memfd_create(name)
                 os.truncate(fds[name], 1 << 16)
             stack.callback(os.close, fds[name])
+        for name, link in host_links(kind.Options).items():
+            if link.kind == "sockets":
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                stack.enter_context(ours)
+                fds[name] = stack.enter_context(theirs).fileno()
         yield dict.fromkeys(fds, "file"), fds
 
 

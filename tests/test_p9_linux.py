@@ -5,7 +5,6 @@ Debian's kernel for virtual machines lacks that client: ``--kernel linux-image-a
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from jail_tools import ORDINARY_UID
+from linux_guests import MAKE_IT, find_guest
 from test_linux import Shell, options
 
 from vmm.machine import Machine
@@ -25,22 +25,11 @@ MODULE = b"9pnet_virtio.ko"
 MOUNT = "mkdir -p /m; mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000{} shared /m"
 
 
-def find_guest() -> Path | None:
-    """The directory of a guest whose kernel has a 9P client."""
-    for name in ("VMM_TEST_LINUX_9P", "VMM_TEST_LINUX"):
-        directory = os.environ.get(name)
-        initramfs = Path(directory or "/none") / "initramfs.cpio.gz"
-        if initramfs.exists() and MODULE in gzip.decompress(initramfs.read_bytes()):
-            return Path(directory or "")
-    return None
-
-
-GUEST = find_guest()
+GUEST = find_guest(MODULE)
 pytestmark = [
     pytest.mark.skipif(
         GUEST is None,
-        reason="NO LINUX WITH 9P: run 'python -m guests.linux --kernel linux-image-amd64 DIR' "
-        "and set VMM_TEST_LINUX_9P=DIR",
+        reason=f"NO LINUX WITH 9P: {MAKE_IT}",
     ),
     pytest.mark.timeout(400),
 ]

@@ -405,7 +405,6 @@ def test_frames_of_odd_sizes(card: Card, size: int) -> None:
 
 @settings(deadline=None)
 @given(header=st.binary(min_size=HEADER.size, max_size=HEADER.size), size=st.integers(14, 200))
-@settings(deadline=None)
 def test_any_header_of_a_driver(header: bytes, size: int) -> None:
     for link in ("user", "pair:x"):
         card = Card(F_CSUM, link)

@@ -84,9 +84,10 @@ class EventLoop:
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
-        """Forget `fd`; harmless if it is not there, or after `close`."""
+        """Forget `fd`; harmless if it is not there or closed already, or after `close`."""
         if self._callbacks.pop(fd, None) is not None and not self._closed:
-            self._epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # one that is closed has left by itself
+                self._epoll.unregister(fd)
 
     def call_at(self, when: float, callback: Callback) -> Timer:
         """Call `callback` on the vCPU thread at `when` (`time.monotonic` seconds)."""

@@ -221,6 +221,10 @@ _OWN: Final[dict[str, Policy]] = {
     "net": Policy(
         extra=(Rule("ioctl", "tells its tap what the driver takes", (Arg(1, _TUNSETOFFLOAD),)),),
     ),
+    "vsock": Policy(
+        extra=_each("the end of a connection, or of one direction", "shutdown"),
+        open_files=1024,
+    ),
     "serial": Policy(),
     "echo": Policy(),
     "config-space": Policy(),

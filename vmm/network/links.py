@@ -1,4 +1,4 @@
-"""`HostEnd`: the machine's side of a card's link, and how one is made from what a user wrote."""
+"""`HostEnd`: the machine's side of a device's link, and how one is made from what a user wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from devices import registry
 from devices.contract import Device
-from devices.files import host_links
+from devices.files import HostLink, host_links
 from devices.virtio.link import Link, LinkKind, parse_forwards
 from vmm.config import DeviceConfig
 from vmm.events import EventLoop
@@ -67,22 +67,27 @@ def open_links(device: DeviceConfig, kind: type[Device]) -> Links:
         HostFileError: one cannot be had.
     """
     ends: dict[str, HostEnd] = {}
-    names = host_links(kind.Options)
-    options = registry.parse_options(kind, device.options) if names else None
+    links = host_links(kind.Options)
+    options = registry.parse_options(kind, device.options) if links else None
     try:
-        for name in names:
+        for name, link in links.items():
             text = getattr(options, name)
             if text:
                 where = f"device '{device.name}': {name}={text}"
-                ends[name] = _open(where, Link.parse(text), options)
+                ends[name] = _open(where, link, text, options)
     except BaseException:
         Links(device.name, ends).close()
         raise
     return Links(device.name, ends)
 
 
-def _open(where: str, link: Link, options: object) -> HostEnd:
+def _open(where: str, note: HostLink, text: str, options: object) -> HostEnd:
     # Each brings what the others do not need.
+    if note.kind == "sockets":
+        from vmm.network.sockets import SocketsEnd
+
+        return SocketsEnd(where, text)
+    link = Link.parse(text)
     if link.kind is LinkKind.USER:
         from vmm.network.user import UserEnd
 
