@@ -71,7 +71,11 @@ class Bench:
     """What `Cpu` gets if nothing else is asked for; the fixture `both_paths` changes it."""
 
     def __init__(
-        self, size: int = 16 << 20, native: bool | None = None, counts: bool = True
+        self,
+        size: int = 16 << 20,
+        native: bool | None = None,
+        counts: bool = True,
+        tsc: Callable[[], int] | None = None,
     ) -> None:
         self.memory = GuestMemory(size)
         self.ports, self.mmio = Recorder(), Recorder()
@@ -80,7 +84,9 @@ class Bench:
         self.mmio_bus = Bus(BusType.MMIO)
         self.mmio_bus.insert(Range(MMIO, 0x1000), self.mmio, "mmio")
         native = self.native if native is None else native
-        self.cpu = Cpu(self.memory, self.port_bus, self.mmio_bus, native=native, counts=counts)
+        self.cpu = Cpu(
+            self.memory, self.port_bus, self.mmio_bus, native=native, counts=counts, tsc=tsc
+        )
         self.memory.write(HANDLERS, b"\xf4" * 256)
 
     def __enter__(self) -> Bench:

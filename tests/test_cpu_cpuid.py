@@ -128,3 +128,22 @@ def test_what_is_promised_exists(feature: str) -> None:
         code = PROMISES[feature]
         assert bench.run(bench.long(), code + b"\xf4").reason is StopReason.HALT
         assert bench.cpu.get_state().rip == 0x20000 + len(code) + 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_rdtsc(native: bool) -> None:
+    """Both halves, the upper parts of the registers cleared, and nothing else changed."""
+    ticks = iter(range(0x1234_5678_FFFF_FFFE, 1 << 62))
+    with Bench(native=native, tsc=lambda: next(ticks)) as bench:
+        state = bench.long()
+        state.gpr[:4] = [0xAAAA_AAAA_AAAA_AAAA, 0xBBBB, 0xCCCC_CCCC_CCCC_CCCC, 0xDDDD]
+        state.rflags = 0x8D7 | 0x200
+        # rdtsc; mov rsi, rax; mov rdi, rdx; rdtsc; rdtsc; hlt
+        assert bench.run(state, bytes.fromhex("0f31 4889c6 4889d7 0f31 0f31 f4")).reason is (
+            StopReason.HALT
+        )
+        after = bench.cpu.get_state()
+        assert after.gpr[:4] == [0, 0xBBBB, 0x1234_5679, 0xDDDD]
+        assert after.gpr[6:8] == [0xFFFF_FFFE, 0x1234_5678]
+        assert after.gpr[8:] == state.gpr[8:]
+        assert after.rflags == state.rflags

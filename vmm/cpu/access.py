@@ -91,17 +91,32 @@ def install_cpuid(engine: Engine, context: Context, fail: Fail) -> None:
     engine.hook_instruction(REG.UC_X86_INS_CPUID, CpuidCallback(on_cpuid))
 
 
-def install_tsc(engine: Engine, context: Context, tsc: Callable[[], int], fail: Fail) -> None:
-    """Answer RDTSC with `tsc` (64 bits, never going back); the library does the privilege check."""
-    save, restore, longs = context.save, context.restore, context.longs
-    rax, rdx = context.at.gpr, context.at.gpr + 2
+def install_tsc(
+    engine: Engine,
+    context: Context,
+    tsc: Callable[[], int],
+    fail: Fail,
+    live: memoryview | None,
+) -> None:
+    """Answer RDTSC with `tsc` (64 bits, never going back); the library does the privilege check.
+
+    Args:
+        live: see `live.registers`.
+    """
+    context_longs, rax, rdx = context.longs, context.at.gpr, context.at.gpr + 2
+
+    def put(low: int, high: int) -> None:
+        if live is not None:
+            live[0], live[2] = low, high
+        else:
+            context.save()
+            context_longs[rax], context_longs[rdx] = low, high
+            context.restore()
 
     def on_rdtsc(_engine: int, _data: int) -> int:
         try:
-            save()
             ticks = tsc()
-            longs[rax], longs[rdx] = ticks & 0xFFFF_FFFF, ticks >> 32 & 0xFFFF_FFFF
-            restore()
+            put(ticks & 0xFFFF_FFFF, ticks >> 32 & 0xFFFF_FFFF)
         except BaseException as failure:
             fail(failure)
         return 1

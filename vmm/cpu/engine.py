@@ -24,7 +24,7 @@ from vmm.cpu.context import F_IF, NONE, Context
 from vmm.cpu.layout import H_SHADOW
 from vmm.cpu.leaving import LEFT, Leaving, places
 from vmm.cpu.library import REG, Engine
-from vmm.cpu.live import hidden_flags
+from vmm.cpu.live import hidden_flags, registers
 from vmm.cpu.paging import Linear, Physical
 from vmm.cpu.registers import Registers
 from vmm.cpu.state import CpuState
@@ -108,7 +108,7 @@ class Cpu:
         )
         install_cpuid(engine, context, traps.fail)
         if tsc is not None:
-            install_tsc(engine, context, tsc, traps.fail)
+            install_tsc(engine, context, tsc, traps.fail, registers(context, direct=native))
         accelerate(engine, self._accelerated)
         self.set_state(CpuState())
 

@@ -1,10 +1,10 @@
-"""The engine's hidden flags where the CPU itself keeps them, for looks that must cost nothing.
+"""The engine's hidden flags and registers where the CPU itself keeps them, to cost nothing.
 
 Filling the context buffer takes as long as a whole port access, and before each of those one word
-is looked at: the hidden flags, which hold the privilege level. It lies in a private structure of
-the library (see `laboratory`): the one that holds sixteen marked registers, at the distance that
-the context has them apart. It must then follow the CPU in a trial; otherwise the buffer is filled
-after all.
+is looked at: the hidden flags, which hold the privilege level. RDTSC, of which kernels do tens of
+thousands, changes two registers. They lie in a private structure of the library (see `laboratory`):
+the one that holds sixteen marked registers, the flags at the distance that the context has them
+apart. Both must then follow the CPU in a trial; otherwise the buffer is filled after all.
 """
 
 from __future__ import annotations
@@ -36,6 +36,20 @@ def hidden_flags(context: Context, *, direct: bool = True) -> Words:
     pointer, field = places
     cpu = cpu_of(context.engine, pointer)
     return memoryview((ctypes.c_uint32 * 1).from_address(cpu + field)).cast("B").cast("I")
+
+
+def registers(context: Context, *, direct: bool = True) -> memoryview | None:
+    """RAX, RCX, RDX, RBX and so on as the guest has them now; None where they are not found.
+
+    In a callback of an instruction they may be changed.
+    """
+    places = _places() if direct else None
+    if places is None or context.engine.handle is None:
+        return None
+    pointer, flags = places
+    at = context.at
+    first = cpu_of(context.engine, pointer) + flags - 4 * at.hflags_w + 8 * at.gpr
+    return memoryview((ctypes.c_uint64 * 16).from_address(first)).cast("B").cast("Q")
 
 
 class _Saved:
@@ -72,7 +86,10 @@ def _search(laboratory: Laboratory) -> tuple[int, int]:
     field = where + 4 * at.hflags_w - 8 * at.gpr
     for bit in (1, 2, 1 << 3, 1 << 4):
         context.hidden ^= bit
+        context.longs[at.gpr] ^= bit
         context.restore()
         if laboratory.read(cpu + field, 4) != struct.pack("<I", context.hidden):
             raise LookupError("the hidden flags do not follow the CPU")
+        if laboratory.read(cpu + where, 8) != struct.pack("<Q", context.longs[at.gpr]):
+            raise LookupError("the registers do not follow the CPU")
     return pointer, field
