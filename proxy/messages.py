@@ -343,7 +343,7 @@ class MapGuestMemory(Message, frozen=True):
 class MapGrants(Message, frozen=True):
     """What is granted of guest memory is in this: `length` bytes of the descriptor with it."""
 
-    opcode = 0x16
+    opcode = 0x17
     reply = Ok
     layout = DWORD
     length: int

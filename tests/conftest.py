@@ -27,10 +27,11 @@ def virtio_warden() -> Iterator[Warden]:
         yield made
 
 
-@pytest.fixture(params=["in-process", "jailed"])
+@pytest.fixture(params=["in-process", "jailed", "granted"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Runs a virtio test on a model in this process, and on one in a jailed process."""
-    jailed = request.param == "jailed"
-    made = Place(request.getfixturevalue("virtio_warden") if jailed else None)
+    """Runs a virtio test on a model here, in a jailed process, and in one with dma=granted."""
+    here = request.param == "in-process"
+    warden = None if here else request.getfixturevalue("virtio_warden")
+    made = Place(warden, granted=request.param == "granted")
     yield made
     made.close()

@@ -334,6 +334,33 @@ def test_the_size_of_a_queue_is_the_machines() -> None:
         assert driver.queue(LATER, 16).size == 16
 
 
+def test_its_registers_stay_where_they_were() -> None:
+    """A guest that looks anew does not find another kind of device, or a ring in other places."""
+
+    class Moves(TakenOver):
+        lies = False
+
+        def write_device_config(self, offset: int, size: int, value: int) -> None:
+            self.lies = True
+
+        def read_config(self, register: int) -> int:
+            return 0x1234_5678 if self.lies else super().read_config(register)
+
+    with MachineRig(Moves, dma="granted") as rig:
+        driver = Driver(rig)
+        header = [rig.read_config(n) for n in range(16)]
+        driver.set_config(0, 4, 1)
+        assert rig.read_config(6) == 0x1234_5678
+        again = Driver.__new__(Driver)
+        again.rig, again.structures = rig, {}
+        again.window = again.msix_capability = again.multiplier = 0
+        again._find_structures()
+        assert again.structures == driver.structures
+        assert (again.window, again.multiplier) == (driver.window, driver.multiplier)
+        for register, bits in {0: -1, 2: -1, 3: 0xFF_0000, 11: -1, 13: 0xFF}.items():
+            assert rig.read_config(register) & bits == header[register] & bits
+
+
 @pytest.mark.parametrize("features", FORMATS)
 def test_through_the_window(features: int) -> None:
     """4.1.4.9: a driver that never touches a BAR."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from cli_rig import VMM, environment
@@ -79,14 +80,18 @@ def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
 
 
 @needs_passt
-@EITHER_WAY
-def test_a_user_mode_network(isolated: bool, server: tuple[int, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{"isolated": False}, {}, {"dma": "granted"}],
+    ids=["in-process", "jailed", "granted"],
+)
+def test_a_user_mode_network(how: dict[str, Any], server: tuple[int, str], tmp_path: Path) -> None:
     """An address by DHCP, a file each way, and the same again after a restore."""
     port, expected = server
     forwarded = free_port()
     fetch = f"wget -q -O /got http://10.0.2.2:{port}/data; sha256sum /got"
     with Machine(memory="256M") as machine:
-        machine.add_device("net", link="user", forward=f"tcp:{forwarded}:80", isolated=isolated)
+        machine.add_device("net", link="user", forward=f"tcp:{forwarded}:80", **how)
         shell = boot(machine, "quiet")
         assert "10.0.2.15" in shell.ask("udhcpc -i eth0 -n -q")
         assert "default via 10.0.2.2" in shell.ask("ip route")

@@ -90,8 +90,12 @@ def inventory(top: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize("isolated", [False, True], ids=["in-process", "jailed"])
-def test_a_day_of_a_directory(shared: Path, isolated: bool) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{"isolated": False}, {}, {"dma": "granted"}],
+    ids=["in-process", "jailed", "granted"],
+)
+def test_a_day_of_a_directory(shared: Path, how: dict[str, Any]) -> None:
     data = os.urandom(24 << 20)
     (shared / "big").write_bytes(data)
     (shared / "hello").write_text("from the host\n")
@@ -107,7 +111,7 @@ def test_a_day_of_a_directory(shared: Path, isolated: bool) -> None:
     (tree / "deep" / "deeper" / "run").chmod(0o755)
     for path in (tree / "file", tree / "deep" / "deeper", tree / "deep", tree):
         os.utime(path, (10**9, 10**9))
-    with linux(shared, isolated) as shell:
+    with linux(shared, **how) as shell:
         assert "from the host" in shell.ask("cat /m/hello")
         assert sha256(shell, "/m/big") == hashlib.sha256(data).hexdigest()
         shell.ask("cp /m/big /m/copied; sync")

@@ -72,6 +72,11 @@ def table(data: bytes) -> dict[int, type[m.Message]]:
     return dict(m.COMMANDS if data[:1] < b"\x40" else m.FROM_CHILD)
 
 
+def test_no_two_messages_share_an_opcode() -> None:
+    kinds = {each.opcode: each for each in m._ALL}
+    assert [each for each in m._ALL if kinds[each.opcode] is not each and each.opcode] == []
+
+
 def test_every_message_has_a_sample() -> None:
     assert {type(each) for each in SAMPLES} == {*m.COMMANDS.values(), *m.FROM_CHILD.values()}
 

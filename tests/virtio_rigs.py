@@ -1,8 +1,9 @@
-"""Where the tests' own driver finds a device: in this process, or in a jailed one.
+"""Where the tests' own driver finds a device: in this process, in a jailed one, or in a jailed one
+that gets grants instead of guest memory.
 
-The fixture `place` makes a test run in both. A `ProxyRig` is what a machine is to a proxied device,
-without a CPU: guest memory is a memfd that the child maps, a doorbell is a synced write, and a turn
-is given when the device asks for one.
+The fixture `place` makes a test run in all three. A `ProxyRig` is what a machine is to a proxied
+device, without a CPU: guest memory is a memfd that the child maps, a doorbell is a synced write,
+and a turn is given when the device asks for one.
 """
 
 from __future__ import annotations
@@ -12,25 +13,30 @@ import select
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from proxy_helpers import Recorder
 from virtio_driver import RAM_SIZE, LocalRig
 from virtio_echo import VirtioEcho
 
 from devices.contract import Device
+from devices.pci.decode import BUS_MASTER, COMMAND
 from devices.virtio.balloon import Balloon
 from devices.virtio.blk import Blk
 from devices.virtio.console import Console
+from devices.virtio.granted import AREA_LIMIT
 from devices.virtio.net import Net
 from devices.virtio.p9.device import P9
 from devices.virtio.rng import Rng
+from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
 from proxy.warden import Warden
+from vmm.granted_proxy import GrantedProxy
 from vmm.memory import GuestMemory
 
 MODELS: dict[str, type[Device]] = {
@@ -69,15 +75,17 @@ class ProxyRig:
             self._options,
             factory=own,
             fds=self._fds,
-            guest_memory=RAM_SIZE,
+            guest_memory=max(RAM_SIZE, AREA_LIMIT),
             finish_work=self._finish_work,
         )
-        self.device = ProxyDevice(
-            child, self.events, deadline=20, memory=self._memory.for_devices(), map_config=False
-        )
+        self.device = self._proxy(child)
         self._handlers = {
             info.bar: self.device.handlers()[info.region] for info in self.device.bars()
         }
+
+    def _proxy(self, child: ChildInterface) -> ProxyDevice:
+        memory = self._memory.for_devices()
+        return ProxyDevice(child, self.events, deadline=20, memory=memory, map_config=False)
 
     def read(self, bar: int, offset: int, size: int) -> int:
         return self._handlers[bar].read(offset, size)
@@ -153,6 +161,26 @@ class ProxyRig:
             self._memory.close()
 
 
+class GrantedProxyRig(ProxyRig):
+    """A model in a jailed process that gets grants instead of guest memory."""
+
+    _master = False
+
+    def _proxy(self, child: ChildInterface) -> ProxyDevice:
+        def wrote(runs: Sequence[tuple[int, int]]) -> None:
+            self.events.wrote_pages("device", runs)
+
+        memory = self._memory.for_grants(wrote)
+        return GrantedProxy(
+            child, self.events, memory, lambda: self._master, deadline=20, map_config=False
+        )
+
+    def write_config(self, register: int, value: int, size: int = 4, offset: int = 0) -> None:
+        if (register, offset) == (COMMAND, 0):
+            self._master = bool(value & BUS_MASTER)
+        super().write_config(register, value, size, offset)
+
+
 class Here(LocalRig):
     """A model in this process, with what `ProxyRig` has beside a `Rig`."""
 
@@ -190,8 +218,9 @@ class Here(LocalRig):
 class Place:
     """Makes rigs of one kind."""
 
-    def __init__(self, warden: Warden | None) -> None:
+    def __init__(self, warden: Warden | None, granted: bool = False) -> None:
         self._warden = warden
+        self._granted = granted
         self._made: list[Any] = []
         self._files: list[int] = []
         self._sockets: list[socket.socket] = []
@@ -216,10 +245,13 @@ class Place:
             finish_work: have a jailed device do its slow work within the turn that wants it; else
                 it is done when nobody waits, and a request stays in flight for a while.
         """
+        if self._granted and not MODELS[model].grantable:
+            pytest.skip(f"a {model} needs guest memory itself")
+        kind = GrantedProxyRig if self._granted else ProxyRig
         if self._warden is None:
             rig: Any = Here(MODELS[model], options, fds)
         else:
-            rig = ProxyRig(self._warden, model, options, fds, finish_work)
+            rig = kind(self._warden, model, options, fds, finish_work)
         self._made.append(rig)
         return rig
 

@@ -10,9 +10,9 @@ from typing import Any
 from devices.bus import BusDevice
 from devices.dma import DmaMemory
 from devices.errors import DeviceError, UserError
-from devices.pci.capability import CapabilityId, find_capabilities
 from devices.pci.contract import VIRTUAL_RESET, ConfigWriteResult
 from devices.virtio.granted import area_parts
+from devices.virtio.structures import fixed_registers
 from devices.virtio.transport import DOORBELL_SIZE, DOORBELLS, REGISTERS_BAR
 from proxy import lane
 from proxy import messages as m
@@ -101,8 +101,11 @@ class GrantedProxy(ProxyDevice):
         self.granted_bytes = length
         self._granter = granter = Granter(memory, area, sizes, may_master)
         self._turn = turn = Turn(self._link, granter)
-        found = find_capabilities(super().read_config)
-        self._window = found.get(CapabilityId.VENDOR_SPECIFIC, 0) // 4
+        # The driver must find the registers where we look for them: it goes by what the device
+        # said before it saw anything of the guest.
+        read = super().read_config
+        self._window, fixed = fixed_registers(read)
+        self._fixed = {n: (~bits, read(n) & bits) for n, bits in fixed.items()}
         region = next((info.region for info in self.bars() if info.bar == REGISTERS_BAR), 0)
         handlers: list[BusDevice] = list(super().handlers())
         self._write_register = handlers[region].write
@@ -114,6 +117,9 @@ class GrantedProxy(ProxyDevice):
 
     def read_config(self, register: int) -> int:
         value = super().read_config(register)
+        if register in self._fixed and self.failed is None:
+            others, ours = self._fixed[register]
+            value = value & others | ours
         return self._granter.window_read(register - self._window, value)
 
     def write_config(self, register: int, offset: int, data: bytes) -> ConfigWriteResult:

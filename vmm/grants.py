@@ -15,7 +15,9 @@ What a device that was taken over can reach follows from four rules:
   holds no grant is the device's failure, and so is one that is used twice.
 - Nothing is copied back for a queue that the guest has reset, nor while it is no bus master.
 
-It has no say in how the guest's ring is read or where a byte goes.
+It has no say in how the guest's ring is read or where a byte goes. Where its registers are it has
+said before it saw anything of the guest; that and the sizes of its queues are told to the guest as
+they were then, so that guest and machine speak of the same registers.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Interface Specification 1.2, section 3.2; the ECN "Advanced Capabilities for Con
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from devices.pci.contract import CONFIG_REGISTERS
@@ -114,19 +114,25 @@ def capability_start(capabilities: Sequence[Capability], wanted: int) -> int | N
     return None
 
 
-def find_capabilities(read_config: Callable[[int], int]) -> dict[int, int]:
-    """The offset of the first capability of each id, by walking the list of any function.
+def walk_capabilities(read_config: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """The offset and first dword of each capability, by walking the list of any function.
 
     A list that leaves the space of capabilities or never ends is followed as far as it makes sense.
     """
-    found: dict[int, int] = {}
     if not read_config(1) >> 16 & 0x10:
-        return found
+        return
     start = read_config(13) & 0xFC
     for _ in range(_MOST_CAPABILITIES):
         if start < CAPABILITIES_START:
             break
         dword = read_config(start // 4)
-        found.setdefault(dword & 0xFF, start)
+        yield start, dword
         start = dword >> 8 & 0xFC
+
+
+def find_capabilities(read_config: Callable[[int], int]) -> dict[int, int]:
+    """The offset of the first capability of each id."""
+    found: dict[int, int] = {}
+    for start, dword in walk_capabilities(read_config):
+        found.setdefault(dword & 0xFF, start)
     return found
