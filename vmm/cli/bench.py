@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from vmm.bench import access, disk, events, lifecycle, linux, network, speed
+from vmm.bench import access, disk, events, lifecycle, linux, linux_disk, network, speed
 from vmm.network.user import find_program
 
 ROUNDS = 7
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.linux is not None:
         progress("Linux")
         figures += _linux(Path(args.linux), rounds)
+        progress("Linux: disks")
+        figures += _linux_disk(Path(args.linux), rounds)
         if find_program() is None:
             progress("no network: the package passt is not installed")
         else:
@@ -186,6 +188,18 @@ def _network(directory: Path, rounds: int) -> list[Figure]:
         )
         for name, value in got.items()
     ]
+
+
+def _linux_disk(directory: Path, rounds: int) -> list[Figure]:
+    got = _rounds(lambda: linux_disk.measure(directory), min(rounds, 3))
+    figures = []
+    for name, value in got.items():
+        who, _, what = name.partition(" ")
+        is_ratio = who == "ratio"
+        unit = "x" if is_ratio else linux_disk.WORK[what][1]
+        goal = Goal(0.7, at_least=True) if is_ratio else None
+        figures.append(Figure(f"Linux: disk, {name}", value, unit, goal))
+    return figures
 
 
 def _lifecycle(rounds: int) -> list[Figure]:
