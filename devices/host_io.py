@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 
@@ -14,7 +15,8 @@ _MADV_REMOVE = 9
 _SHUT_WR, _SHUT_RDWR = 1, 2
 """Linux, include/linux/net.h."""
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
-_CHUNK = bytes(1 << 20)
+_CHUNK = memoryview(mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ))
+"""Zeros, aligned as O_DIRECT wants them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -39,6 +41,56 @@ def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
             left[0] = left[0][done:]
 
 
+class Direct:
+    """Reads and writes of a file that was opened with O_DIRECT.
+
+    The host wants pieces of memory that begin and end on borders of its blocks; what is not like
+    that goes through memory of our own. Offsets and lengths are the caller's to align.
+    """
+
+    BLOCK = 512
+    """What disks and file systems ask for at least (open(2), "O_DIRECT")."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._own = memoryview(mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE))
+
+    def read(self, views: Sequence[memoryview], offset: int) -> int:
+        """As `os.preadv`; it may be less than there is room for."""
+        if all(map(self._is_aligned, views)):
+            return os.preadv(self._fd, views, offset)
+        done = os.preadv(self._fd, [self._own[: sum(map(len, views))]], offset)
+        at = 0
+        for view in views:
+            part = min(len(view), done - at)
+            view[:part] = self._own[at : at + part]
+            at += part
+        return done
+
+    def write_all(self, views: Sequence[memoryview], offset: int) -> None:
+        """As `write_all`."""
+        if all(map(self._is_aligned, views)):
+            write_all(self._fd, views, offset)
+            return
+        at = 0
+        for view in views:
+            rest = view
+            while rest:
+                part = min(len(rest), len(self._own) - at)
+                self._own[at : at + part] = rest[:part]
+                at, rest = at + part, rest[part:]
+                if at == len(self._own):
+                    write_all(self._fd, [self._own], offset)
+                    at, offset = 0, offset + len(self._own)
+        if at:
+            write_all(self._fd, [self._own[:at]], offset)
+
+    def _is_aligned(self, view: memoryview) -> bool:
+        if len(view) % self.BLOCK:
+            return False
+        return ctypes.addressof(ctypes.c_char.from_buffer(view)) % self.BLOCK == 0
+
+
 def punch_hole(fd: int, offset: int, length: int) -> bool:
     """Deallocate a part of a file, which reads as zeros afterwards; False if that is not possible.
 
@@ -58,7 +110,7 @@ def zero(fd: int, offset: int, length: int) -> None:
         return
     while length:
         part = min(length, len(_CHUNK))
-        write_all(fd, [memoryview(_CHUNK)[:part]], offset)
+        write_all(fd, [_CHUNK[:part]], offset)
         offset, length = offset + part, length - part
 
 

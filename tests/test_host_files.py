@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from dataclasses import dataclass
@@ -170,3 +171,19 @@ def test_a_directory_of_root_is_refused_unless_its_device_can_use_it(tmp_path: P
     share(readonly=False, isolated=False)
     os.chown(tmp_path, 7, 8)
     share(readonly=False)
+
+
+def test_a_file_system_without_o_direct_is_named(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: str, flags: int, *_: int) -> int:
+        assert flags & os.O_DIRECT
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    device = DeviceConfig("disk", "reader", {"file": str(disk), "direct": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuses)
+        with pytest.raises(
+            UserError, match=r"its file system, \w+, has no O_DIRECT; leave direct off"
+        ):
+            HostFiles().open(device, Reader)

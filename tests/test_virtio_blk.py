@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
+import random
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from virtio_driver import (
     F_PACKED,
     F_VERSION_1,
     NEEDS_RESET,
+    WRITE,
     Driver,
     LocalRig,
     Request,
@@ -450,3 +454,77 @@ def test_a_disk_of_another_size_is_refused(disk: Disk) -> None:
     os.truncate(disk.fd, (SECTORS + 1) * SECTOR)
     with pytest.raises(DeviceError, match="had 256 sectors, its file has 257"):
         disk.rig.replace(saved)
+
+
+# Past the host's cache.
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> Iterator[Disk]:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTORS * SECTOR))
+    try:
+        fd = os.open(image, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        pytest.skip("NO O_DIRECT on the file system of temporary files")
+    made = Disk(direct="true")
+    os.dup2(fd, made.fd)
+    os.close(fd)
+    # Memory of guests begins on a page.
+    made.rig.ram = memoryview(mmap.mmap(-1, len(made.rig.ram)))
+    made.rig.replace(made.rig.snapshot())
+    made.driver = Driver(made.rig)
+    made.start()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("shift", [0, 4, SECTOR])
+def test_direct(direct: Disk, shift: int) -> None:
+    """Whatever the alignment of the guest's memory."""
+    assert fcntl.fcntl(direct.fd, fcntl.F_GETFL) & os.O_DIRECT
+    driver = direct.driver
+    data = bytes(range(256)) * (5 * SECTOR // 256)
+    start = driver.memory(16 * SECTOR)
+    place = start + -start % SECTOR + shift
+    direct.rig.ram[place : place + len(data)] = data
+    head, status = driver.memory(16), driver.memory(1)
+    for kind, writable in ((T_OUT, 0), (T_IN, WRITE)):
+        direct.rig.ram[head : head + 16] = struct.pack("<IIQ", kind, 0, 7)
+        if kind == T_IN:
+            direct.rig.ram[place : place + len(data)] = bytes(len(data))
+        parts = [
+            (head, 16, 0),
+            (place, 3 * SECTOR, writable),
+            (place + 3 * SECTOR, 2 * SECTOR, writable),
+            (status, 1, WRITE),
+        ]
+        direct.rig.ram[status] = 0xFF
+        queue = driver.queues[0]
+        queue.in_flight[queue.offer(parts)] = Request([])
+        queue.kick()
+        direct.rig.settle()
+        assert len(queue.collect()) == 1
+        assert direct.rig.ram[status] == S_OK
+        assert direct.rig.ram[place : place + len(data)] == data
+    assert direct.ask(T_WRITE_ZEROES, 0, segments((8, 1, 0)))[0] == S_OK
+    assert (
+        direct.ask(T_IN, 7, b"", 3 * SECTOR)[1]
+        == data[:SECTOR] + bytes(SECTOR) + data[2 * SECTOR : 3 * SECTOR]
+    )
+    assert direct.ask(T_IN, SECTORS - 1, b"", 2 * SECTOR)[0] == S_IOERR
+
+
+def test_long_writes_in_pieces_that_are_not_aligned(direct: Disk) -> None:
+    """More than the memory of its own that they go through."""
+    size = 3 << 20
+    os.ftruncate(direct.fd, size)
+    odd = memoryview(bytearray(random.Random(1).randbytes(size)))
+    views = [odd[:100], odd[100 : 2 << 20], odd[2 << 20 :]]
+    io = host_io.Direct(direct.fd)
+    io.write_all(views, 0)
+    back = bytearray(size + 1)
+    at = 0
+    while at < size:
+        at += io.read([memoryview(back)[1 + at :][: size - at]], at)
+    assert back[1:] == odd

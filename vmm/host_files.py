@@ -261,6 +261,18 @@ def _flags(file: HostFile, options: object) -> int:
     return flags
 
 
+def _kind(path: str) -> str:
+    """The kind of the file system that a file is on, as ", tmpfs,"; "" if nobody knows."""
+    with contextlib.suppress(OSError):
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields = line.split()
+            if fields[2] == wanted and "-" in fields:
+                return f", {fields[fields.index('-') + 1]},"
+    return ""
+
+
 def _open(path: str, file: HostFile, flags: int, where: str) -> int:
     writable = flags & os.O_ACCMODE != os.O_RDONLY
     try:
@@ -268,7 +280,7 @@ def _open(path: str, file: HostFile, flags: int, where: str) -> int:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, OSError) and error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            reason = f"this file system has no O_DIRECT; leave {file.direct_if} off"
+            reason = f"its file system{_kind(path)} has no O_DIRECT; leave {file.direct_if} off"
         refused = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS)
         if refused and writable and file.read_only_if and os.access(path, os.R_OK):
             reason = f"{reason}; it can be read: give {file.read_only_if}=true"

@@ -106,6 +106,9 @@ class LocalTurns:
         self._loop = loop
         self._watched: dict[int, int] = {}
         self._asleep = False
+        # Once: these questions are slow, and `watch` is in the path of an access.
+        self._watcher = device if isinstance(device, Watches) else None
+        self._waiter = device if isinstance(device, WaitsForRoom) else None
         turns.attach(device)
 
     def handlers(
@@ -136,14 +139,13 @@ class LocalTurns:
 
     def watch(self) -> None:
         """Wait for the descriptors that the model waits for now."""
-        device = self._device
-        if not isinstance(device, Watches):
+        if self._watcher is None:
             return
         wanted: dict[int, int] = {}
         if not self._asleep:
-            wanted = dict.fromkeys(device.watched(), select.EPOLLIN)
-            if isinstance(device, WaitsForRoom):
-                for fd in device.full():
+            wanted = dict.fromkeys(self._watcher.watched(), select.EPOLLIN)
+            if self._waiter is not None:
+                for fd in self._waiter.full():
                     wanted[fd] = wanted.get(fd, 0) | select.EPOLLOUT
         if wanted == self._watched:
             return
@@ -156,9 +158,8 @@ class LocalTurns:
         self._watched = wanted
 
     def _ready(self, fd: int) -> None:
-        device = self._device
-        assert isinstance(device, Watches)
-        device.ready(fd)
+        assert self._watcher is not None
+        self._watcher.ready(fd)
         self.watch()
 
 

@@ -65,12 +65,14 @@ class BlkOptions:
     Attributes:
         path: the raw image, or a block device, of whole sectors of 512 bytes.
         readonly: the guest cannot write to it.
+        direct: past the host's page cache (O_DIRECT).
         serial: of the disk, as the guest sees it, up to 20 characters.
         queues: how many request queues, 1 to 16.
     """
 
-    path: Annotated[str, HostFile(read_only_if="readonly", unit=SECTOR)] = ""
+    path: Annotated[str, HostFile(read_only_if="readonly", direct_if="direct", unit=SECTOR)] = ""
     readonly: bool = False
+    direct: bool = False
     serial: str = ""
     queues: int = 1
 
@@ -107,6 +109,7 @@ class Blk(VirtioDevice):
         self.queues = [Queue(f"requests {n}", QUEUE_SIZE) for n in range(options.queues)]
         super().__init__(host, options)
         self._fd = host.fds["path"]
+        self._direct = host_io.Direct(self._fd) if options.direct else None
         self.state.capacity = os.lseek(self._fd, 0, os.SEEK_END) // SECTOR
         self._syncing: list[tuple[VirtQueue, Chain]] = []
         """Given back when all that was written before is on the disk."""
@@ -192,7 +195,10 @@ class Blk(VirtioDevice):
         self.spend(length >> _COST)
         while chain.written < length:
             places = chain.places(chain.written, length - chain.written)
-            done = os.preadv(self._fd, places, offset + chain.written)
+            if self._direct is None:
+                done = os.preadv(self._fd, places, offset + chain.written)
+            else:
+                done = self._direct.read(places, offset + chain.written)
             if not done:
                 return S_IOERR  # the file has become shorter
             chain.wrote(done)
@@ -204,7 +210,10 @@ class Blk(VirtioDevice):
             return S_IOERR
         self.spend(length >> _COST)
         self._dirty = True
-        host_io.write_all(self._fd, chain.sources(), sector * SECTOR)
+        if self._direct is None:
+            host_io.write_all(self._fd, chain.sources(), sector * SECTOR)
+        else:
+            self._direct.write_all(chain.sources(), sector * SECTOR)
         return S_OK
 
     def _clear(self, kind: int, chain: Chain) -> int:

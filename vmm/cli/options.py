@@ -138,7 +138,7 @@ def add_boot(commands: Any) -> None:
         action="append",
         default=[],
         help="a disk, a raw image or block device: if=virtio|ide (default: virtio), readonly, "
-        "serial=TEXT; with virtio also queues=N, name=, slot=; may be repeated",
+        "serial=TEXT; with virtio also queues=N, direct=BOOL, name=, slot=; may be repeated",
     )
     image.add_argument(
         "--net",
