@@ -304,8 +304,18 @@ def test_beyond_the_end(cable: Cable, code: int, sector: int, count: int, named:
 
 
 def test_far_beyond_the_end(cable: Cable) -> None:
-    assert cable.ask(ata.READ_EXT, (1 << 48) - 1, 0) == READY | ERR
+    assert cable.ask(ata.READ_EXT, 0xABCD_EF98_7654, 0) == READY | ERR
     assert cable.error() == IDNF
+    assert cable.registers()[1:] == (0x54, 0x76, 0x98)
+    cable.control(HOB)
+    assert cable.registers()[1:] == (0xEF, 0xCD, 0xAB)
+
+
+@pytest.mark.parametrize(("sectors", "status"), [(1 << 16, READY), ((1 << 16) - 1, READY | ERR)])
+def test_a_count_of_zero_is_all_of_65536(sectors: int, status: int) -> None:
+    rig = AtaRig(sectors)
+    assert Cable(rig).ask(ata.VERIFY_EXT, 0, 0) == status
+    rig.close()
 
 
 @pytest.mark.parametrize(
