@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from test_linux import DIRECTORY, Shell, boot, options
-from test_virtio_linux import EITHER_WAY, check, image, needs_e2fsprogs, sha1
+from test_virtio_linux import check, image, needs_e2fsprogs, sha1
 
 from vmm.machine import Machine
 from vmm.outcome import Ending
 
 __all__ = ["image"]
 
+EITHER_WAY = pytest.mark.parametrize("isolated", [False, True], ids=["in-process", "jailed"])
 MKE2FS = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin")
 pytestmark = [
     pytest.mark.skipif(

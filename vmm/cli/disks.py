@@ -20,7 +20,7 @@ INTERFACES = (VIRTIO, IDE)
 DRIVES = 4
 """Of the ATA controller: two channels with two drives each."""
 _OF_BOTH = ("file", "if", "readonly", "serial")
-_OF_VIRTIO = ("queues", "direct", "name", "slot", "isolation")
+_OF_VIRTIO = ("queues", "direct", "name", "slot", "isolation", "dma")
 
 
 @dataclass(frozen=True)
