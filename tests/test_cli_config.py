@@ -121,6 +121,7 @@ def test_what_is_wrong_is_named_with_its_line(
         ('model = "echo"\nslot = "two"\n', 5, "slot=two is not [BRIDGE:]DEVICE"),
         ('model = "echo"\nirq = true\n', 5, "irq=True is not a number"),
         ('model = "echo"\nisolation = "some"\n', 5, "isolation is 'jail' or 'none'"),
+        ('model = "balloon"\ndma = "granted"\n', 5, "no more of guest memory"),
     ],
 )
 def test_so_it_is_of_devices(tmp_path: Path, device: str, line: int, about: str) -> None:

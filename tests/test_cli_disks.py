@@ -12,7 +12,7 @@ from cli_rig import run
 
 from devices.errors import UserError
 from vmm.cli.disks import disks
-from vmm.config import DeviceConfig
+from vmm.config import DeviceConfig, DmaMode
 
 SECTOR = 512
 
@@ -34,6 +34,8 @@ def test_a_disk_is_a_virtio_device() -> None:
             slot="7",
         ),
     ]
+    (granted,) = disks(["a.img,dma=granted"], [])
+    assert granted.dma is DmaMode.GRANTED
 
 
 def test_ide_disks_are_drives_of_one_controller() -> None:
@@ -57,6 +59,7 @@ def test_ide_disks_are_drives_of_one_controller() -> None:
         ("a.img,if=floppy", "if=floppy is not one of virtio, ide"),
         ("a.img,file=b.img", "option 'file' is given twice"),
         ("a.img,cache=none", "a disk has no option 'cache'; it has file, if, readonly"),
+        ("a.img,if=ide,dma=granted", "option 'dma' is for if=virtio alone"),
         ("a.img,queues=17", "queues is 1 to 16"),
         ("a.img,readonly=perhaps", "readonly=perhaps"),
         ("a.img,serial=a-serial-that-is-too-long", "serial is at most 20"),

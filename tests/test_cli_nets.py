@@ -10,7 +10,7 @@ from cli_rig import run
 
 from devices.errors import UserError
 from vmm.cli.nets import nets
-from vmm.config import DeviceConfig
+from vmm.config import DeviceConfig, DmaMode
 
 
 def test_a_card_is_a_virtio_device() -> None:
@@ -20,6 +20,7 @@ def test_a_card_is_a_virtio_device() -> None:
     assert nets(["pair:lan,mac=52:54:00:00:00:01,name=lan,isolation=none"], []) == [
         DeviceConfig("lan", "net", {"link": "pair:lan", "mac": "52:54:00:00:00:01"}, isolated=False)
     ]
+    assert nets(["user,dma=granted"], [])[0].dma is DmaMode.GRANTED
     assert nets([], []) == []
 
 

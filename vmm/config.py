@@ -25,6 +25,9 @@ NOT_GRANTABLE = (
     "virtqueues; leave it out"
 )
 
+OF_ANY_FUNCTION = ("name", "slot", "isolation", "dma")
+"""Options of every PCI function, which the short forms of disks and cards take too."""
+
 DEFAULT_MEMORY = 128 << 20
 CONSOLE = "serial"
 """The name of the device that the terminal is connected to, if there is one."""

@@ -13,14 +13,14 @@ from typing import Any
 
 from devices.errors import UserError
 from vmm.cli.machine_file import Table
-from vmm.config import DeviceConfig, device_from
+from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
 
 VIRTIO, IDE = "virtio", "ide"
 INTERFACES = (VIRTIO, IDE)
 DRIVES = 4
 """Of the ATA controller: two channels with two drives each."""
 _OF_BOTH = ("file", "if", "readonly", "serial")
-_OF_VIRTIO = ("queues", "direct", "name", "slot", "isolation", "dma")
+_OF_VIRTIO = ("queues", "direct", *OF_ANY_FUNCTION)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from devices.errors import UserError
 from vmm.cli.machine_file import Table
-from vmm.config import DeviceConfig, device_from
+from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
 
 NONE = "none"
-OPTIONS = ("link", "forward", "mac", "name", "slot", "isolation")
+OPTIONS = ("link", "forward", "mac", *OF_ANY_FUNCTION)
 
 
 def nets(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConfig]:
