@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 from cpu_bench import Bench
+from hypothesis import settings
 from virtio_rigs import Place, virtio_wardens
 
 from proxy.warden import Warden
 
 # A runner started with nohup ignores SIGHUP, and so would every process that tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Hypothesis would judge by the time that an example takes, which on a busy host means nothing.
+settings.register_profile("vmm", deadline=None)
+settings.load_profile("vmm")
 
 
 @pytest.fixture(params=[True, False], ids=["native", "portable"])
