@@ -315,7 +315,7 @@ class Input(PayloadMessage, frozen=True):
 class Adjust(Message, frozen=True):
     """These options have other values now, by name."""
 
-    opcode = 0x17
+    opcode = 0x16
     reply = Ok
     refusable = True
     options: dict[str, int | str | bool]
