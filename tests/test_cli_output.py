@@ -117,7 +117,7 @@ def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
 def test_standard_output_that_does_not_block(flood: str) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    process = start("boot", flood, "--timeout", "2", stdout=writer)
+    process = start("boot", flood, "--timeout", "5", stdout=writer)
     os.close(writer)
     time.sleep(1.5)
     got = 0

@@ -156,7 +156,7 @@ def test_output_is_sent_when_the_guest_is_done(device: ProxyDevice, events: Reco
 def test_output_is_sent_before_a_child_dozes(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     """The quiet time may end between the look whether to send and that whether to doze."""
     real = time.perf_counter_ns
-    still, left = real() + 100_000_000, calls
+    still, left = real() + 500_000_000, calls
 
     def clock() -> int:
         """Stands still for a while, and for some calls more."""
