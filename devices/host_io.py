@@ -101,12 +101,12 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
 
 
 def zero(fd: int, offset: int, length: int) -> None:
-    """Make a part of a file zeros that are allocated.
+    """Make a part of a file zeros that are allocated; the file may become longer.
 
     Raises:
         OSError: the host failed.
     """
-    if _fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length):
+    if _fallocate(fd, _ZERO_RANGE, offset, length):
         return
     while length:
         part = min(length, len(_CHUNK))

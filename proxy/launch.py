@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -95,6 +96,8 @@ def start_child(
             loop = ChildLoop(end, host, device, page)
             gc.freeze()
             policy = policy_for(order.model)
+            if policy.keeps_size:
+                policy = replace(policy, file_size=_largest(order.fds.values()))
             shared = _shared(device, order.fds)
             if shared is not None and not shared.writable:
                 policy = policy.reading()
@@ -128,6 +131,13 @@ def _build(order: Order, host: DeviceHost) -> Device:
         return order.factory(host)
     kind = registry.load(order.model)
     return kind(host, registry.parse_options(kind, order.options))
+
+
+def _largest(fds: Iterable[int]) -> int:
+    """The size of the largest file or block device."""
+    files = [fd for fd in fds if stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFREG, stat.S_IFBLK)]
+    # A block device has no size in its status.
+    return max((os.lseek(fd, 0, os.SEEK_END) for fd in files), default=0)
 
 
 def _shared(device: Device, fds: Mapping[str, int]) -> SharedDirectory | None:

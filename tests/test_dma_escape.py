@@ -80,11 +80,46 @@ def _grow_file(host: DeviceHost) -> str:
     return "filled the disk of the host"
 
 
+def _append(host: DeviceHost) -> str:
+    os.pwrite(host.fds["file"], b"more", 2 << 20)
+    return "made its file longer"
+
+
+def _far_away(host: DeviceHost) -> str:
+    os.pwritev(host.fds["file"], [b"more"], 1 << 40)
+    return "made its file a terabyte long"
+
+
+def _zero_range(host: DeviceHost, offset: int, length: int) -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = ctypes.c_long
+    if libc.fallocate(host.fds["file"], 0x10, size(offset), size(length)):
+        raise OSError(code := ctypes.get_errno(), os.strerror(code))
+    return "allocated it"
+
+
+def _zeros_within(host: DeviceHost) -> str:
+    return _zero_range(host, 1 << 20, 4096)
+
+
+def _zeros_past_the_end(host: DeviceHost) -> str:
+    return _zero_range(host, 1 << 20, 64 << 20)
+
+
+def _reserve(host: DeviceHost) -> str:
+    """ZERO_RANGE with KEEP_SIZE: blocks past the end, and the file looks as long as before."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = ctypes.c_long
+    if libc.fallocate(host.fds["file"], 0x11, size(2 << 20), size(64 << 20)):
+        raise OSError(code := ctypes.get_errno(), os.strerror(code))
+    return "took space of the host"
+
+
 def _punch(host: DeviceHost) -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     size = ctypes.c_long
     if libc.fallocate(host.fds["file"], 3, size(0), size(4096)):
-        raise OSError(ctypes.get_errno(), "fallocate")
+        raise OSError(code := ctypes.get_errno(), os.strerror(code))
     return "punched a hole"
 
 
@@ -112,6 +147,11 @@ OWN = (
     _drop_ram,
     _shrink,
     _grow_file,
+    _append,
+    _far_away,
+    _zeros_within,
+    _zeros_past_the_end,
+    _reserve,
     _punch,
     _use_file,
     _lock_off,
@@ -239,7 +279,12 @@ def test_all_it_can_spoil_is_the_guests(bench: Bench, function: object) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [(_shrink, "ftruncate"), (_grow_file, "fallocate"), (_lock_off, "flock")],
+    [
+        (_shrink, "ftruncate"),
+        (_grow_file, "fallocate"),
+        (_reserve, "fallocate"),
+        (_lock_off, "flock"),
+    ],
 )
 def test_what_would_harm_the_host_is_caught(bench: Bench, function: object, call: str) -> None:
     got, said, failure = own(bench, function)
@@ -249,13 +294,26 @@ def test_what_would_harm_the_host_is_caught(bench: Bench, function: object, call
     assert os.fstat(bench.file).st_size == 2 << 20
 
 
+@pytest.mark.parametrize("function", [_append, _far_away, _zeros_past_the_end])
+def test_its_file_grows_by_no_byte(bench: Bench, function: object) -> None:
+    """Else it could fill the host's disk."""
+    before = os.fstat(bench.file)
+    got, said, failure = own(bench, function)
+    assert not got, said
+    assert "File too large" in said or "not supported" in said, (said, failure)
+    assert not failure
+    after = os.fstat(bench.file)
+    assert (after.st_size, after.st_blocks) == (before.st_size, before.st_blocks)
+
+
 def test_its_file_is_its_own(bench: Bench) -> None:
     bench.memory.write(0, b"good....disk")
     got, said, failure = own(bench, _use_file)
     assert got, (said, failure)
     assert said == repr(b"gooddisk")
-    got, said, failure = own(bench, _punch)
-    assert got or (said and not failure), failure  # not every file system has holes
+    for function in (_punch, _zeros_within):
+        got, said, failure = own(bench, function)
+        assert got or (said and not failure), failure  # not every file system has these
 
 
 def test_the_rom_is_not_mapped_but_lies_in_the_same_memory(bench: Bench) -> None:

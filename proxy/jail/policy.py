@@ -22,7 +22,7 @@ _F_GETFD: Final = 1
 _F_GETFL: Final = 3
 _AT_EMPTY_PATH: Final = 0x1000
 _PUNCH_HOLE: Final = 0x2 | 0x1  # with KEEP_SIZE, linux/falloc.h
-_ZERO_RANGE: Final = 0x10 | 0x1  # the same
+_ZERO_RANGE: Final = 0x10  # without KEEP_SIZE: with it, RLIMIT_FSIZE would not hold
 _TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 _S_IFMT: Final = 0o170000
 _ANY_SIZE: Final = 1 << 62
@@ -88,6 +88,7 @@ class Policy:
         open_files: RLIMIT_NOFILE; raised as needed to admit the kept descriptors.
         processes: RLIMIT_NPROC.
         file_size: RLIMIT_FSIZE; also bounds writes (not mapped stores) to shared memory.
+        keeps_size: `file_size` is the size of the largest file that it was given.
         more_memory: RLIMIT_AS, on top of what is mapped on entry; a device that maps guest
             memory afterwards needs its size.
         locked_memory: RLIMIT_MEMLOCK.
@@ -98,6 +99,7 @@ class Policy:
     open_files: int = 64
     processes: int = 0
     file_size: int = 0
+    keeps_size: bool = False
     more_memory: int = 256 << 20
     locked_memory: int = 0
     on_violation: OnViolation = OnViolation.KILL
@@ -171,11 +173,12 @@ DISK: Final = Policy(
         *_VECTORS,
         *_each("a flush that the guest asked for", "fdatasync"),
         Rule("fallocate", "discard: a hole, its file stays as long", (Arg(1, _PUNCH_HOLE),)),
-        Rule("fallocate", "write zeroes, its file stays as long", (Arg(1, _ZERO_RANGE),)),
+        Rule("fallocate", "write zeroes, within a file's limit", (Arg(1, _ZERO_RANGE),)),
     ),
-    file_size=_ANY_SIZE,
+    keeps_size=True,
 )
-"""Of a model whose requests are reads and writes of files that the machine opened."""
+"""Of a model whose requests are reads and writes of files that the machine opened, which it cannot
+make longer."""
 
 DIRECTORY: Final = Policy(
     extra=(

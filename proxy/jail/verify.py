@@ -172,9 +172,10 @@ def set_limits(policy: Policy, lowest_room: int, mapped: int) -> str:
         resource.setrlimit(which, (bounded, bounded))
         if resource.getrlimit(which) != (bounded, bounded):
             raise JailError("rlimits", f"limit {which} is {resource.getrlimit(which)}")
+    files = f", files up to {policy.file_size} bytes" if policy.keeps_size else ""
     return (
         f"{limits[resource.RLIMIT_NOFILE]} descriptors, {policy.processes} processes, "
-        f"{mapped + policy.more_memory >> 20} MiB"
+        f"{mapped + policy.more_memory >> 20} MiB{files}"
     )
 
 
