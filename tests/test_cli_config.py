@@ -134,6 +134,29 @@ def test_so_it_is_of_devices(tmp_path: Path, device: str, line: int, about: str)
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "about"),
+    [
+        ('[[disk]]\nfile = "no.img"', 3, "device 'disk': path=no.img: No such file"),
+        ('[[disk]]\nif = "ide"\nfile = "no.img"', 4, "device 'ide': disk0=no.img: No such file"),
+        ('[[device]]\nmodel = "9p"\npath = "no"', 4, "device '9p': path=no: No such file"),
+        ('[[device]]\nmodel = "rng"\nslot = "br9:3"', 4, "slot=br9:3 is behind 'br9'"),
+        ('[[device]]\nmodel = "echo"\naddr = 0x10000', 4, "leaves the space of 0x10000"),
+        ('[[device]]\nmodel = "rng"\n[[disk]]\nname = "d"\nfile = "no.img"', 6, "device 'd'"),
+    ],
+)
+def test_so_it_is_of_what_building_the_machine_finds(
+    tmp_path: Path, text: str, line: int, about: str
+) -> None:
+    config = tmp_path / "machine.toml"
+    config.write_text(f'image = "hello"\n{text}\n')
+    status, out, err = run("boot", "--config", str(config))
+    assert (status, out) == (2, b"")
+    assert f"config {config}: line {line}: " in err.decode()
+    assert about in err.decode()
+    assert len(err.splitlines()) == 1
+
+
 def test_the_command_line_wins_and_adds(tmp_path: Path) -> None:
     path = tmp_path / "machine.toml"
     path.write_text(

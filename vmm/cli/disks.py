@@ -44,16 +44,20 @@ class Disk:
         return UserError(f"{self.where}: {problem}")
 
 
-def disks(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConfig]:
+def disks(
+    given: Sequence[str | Table], taken: Sequence[str], places: dict[str, Table] | None = None
+) -> list[DeviceConfig]:
     """The devices that the disks stand for.
 
     Args:
         taken: names of devices that are in use.
+        places: gets the tables among them, by how messages on their devices begin.
 
     Raises:
         UserError: an option is wrong, or a fifth disk is to be an IDE drive.
     """
     names, drives, made = list(taken), [], []
+    places = {} if places is None else places
     for each in map(_parse, given):
         if each.interface == IDE:
             drives.append(each)
@@ -62,6 +66,8 @@ def disks(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConf
         options["path"] = options.pop("file")
         made.append(_device(each, "blk", options, names))
         names.append(made[-1].name)
+        if each.table is not None:
+            places[f"device '{names[-1]}': "] = each.table
     if len(drives) > DRIVES:
         raise drives[DRIVES].error(f"if=ide has room for {DRIVES} disks; give it if={VIRTIO}")
     if drives:
@@ -72,6 +78,8 @@ def disks(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConf
             options |= {f"{key}{number}": value for key, value in named.items()}
             # One by one, so that what is wrong is told of the disk that it is wrong with.
             controller = _device(each, "ata", options, names)
+            if each.table is not None:
+                places[f"device '{controller.name}': disk{number}="] = each.table
         made.append(controller)
     return made
 

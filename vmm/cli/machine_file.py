@@ -27,7 +27,8 @@ import argparse
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,23 @@ class Table:
             if re.search(rf"'{key}'|\b{key}(=| )", problem):
                 return f"config {self.file}: line {self.lines[key]}"
         return f"config {self.file}: line {self.line}"
+
+
+@contextmanager
+def naming_lines(places: Mapping[str, Table]) -> Iterator[None]:
+    """Give a message that begins as one of `places` the file and line of that table.
+
+    Raises:
+        UserError: what was raised inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for beginning, table in places.items():
+            if text.startswith(beginning):
+                raise UserError(f"{table.where(text)}: {text}") from error
+        raise
 
 
 def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -17,7 +17,9 @@ NONE = "none"
 OPTIONS = ("link", "forward", "mac", *OF_ANY_FUNCTION)
 
 
-def nets(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConfig]:
+def nets(
+    given: Sequence[str | Table], taken: Sequence[str], places: dict[str, Table] | None = None
+) -> list[DeviceConfig]:
     """The cards; ``none`` stands for no card.
 
     ``forward`` may be given several times, or as a list. A card that shares its network with
@@ -25,6 +27,7 @@ def nets(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConfi
 
     Args:
         taken: names of devices that are in use.
+        places: gets the tables among them, by how messages on their devices begin.
 
     Raises:
         UserError: an option is wrong.
@@ -39,6 +42,8 @@ def nets(given: Sequence[str | Table], taken: Sequence[str]) -> list[DeviceConfi
             where = each.where(str(error)) if isinstance(each, Table) else f"--net {each}"
             raise UserError(f"{where}: {error}") from error
         names.append(made[-1].name)
+        if places is not None and isinstance(each, Table):
+            places[f"device '{names[-1]}': "] = each
     return made
 
 

@@ -12,7 +12,7 @@ from vmm.boot import firmware
 from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
 from vmm.cli.disks import disks
 from vmm.cli.files import read_file
-from vmm.cli.machine_file import Table
+from vmm.cli.machine_file import Table, naming_lines
 from vmm.cli.nets import nets
 from vmm.cli.output import clean, disk_progress
 from vmm.cli.session import Session, SnapshotPlan
@@ -52,12 +52,17 @@ def boot(args: argparse.Namespace) -> int:
         kernel_entry=KernelEntry(args.kernel_entry),
     )
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
+    places: dict[str, Table] = {}
     for given in args.device:
         devices.append(_device(given, [device.name for device in devices]))
-    devices += disks(args.disk, [device.name for device in devices])
-    devices += nets(args.net, [device.name for device in devices])
+        if isinstance(given, Table):
+            places[f"device '{devices[-1].name}': "] = given
+    devices += disks(args.disk, [device.name for device in devices], places)
+    devices += nets(args.net, [device.name for device in devices], places)
     config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock), len(rom))
     with Machine(config, host=_host_options(args)) as machine:
+        with naming_lines(places):
+            machine.build()
         if rom:
             machine.boot_firmware(rom, args.firmware)
         elif isinstance(image, str):
