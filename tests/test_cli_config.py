@@ -101,6 +101,8 @@ def test_every_option_has_a_place(tmp_path: Path) -> None:
         ('mem = "1M"\n[run]\nstats = true\n', 2, "there is no option 'run'"),
         ('mem = "1M"\nmem = "2M"\n', 2, "overwrite"),
         ("mem = \n", 1, "Invalid value"),
+        ('mem = "1M"\n[net]\nlink = "user"\n', 2, r"there may be several: write \[\[net\]\]"),
+        ('device.model = "rng"\n', 1, r"there may be several: write \[\[device\]\]"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(

@@ -115,6 +115,8 @@ def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
                 else _one(action, each, where)
                 for index, each in enumerate(value)
             ]
+        elif key in TABLES and isinstance(value, dict):
+            raise UserError(f"{where}: there may be several: write [[{key}]]")
         else:
             found[action.dest] = _value(action, value, where)
     return found
