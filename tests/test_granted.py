@@ -31,6 +31,7 @@ from virtio_driver import (
 from virtio_echo import LATER, NOW, VirtioEcho
 
 from devices.errors import DeviceError, UserError
+from devices.pci.contract import VIRTUAL_RESET
 from devices.virtio.chain import Chain
 from devices.virtio.granted import COUNT, GRANT_BYTES, USED, USED_AT
 from devices.virtio.ring import VirtQueue
@@ -266,6 +267,23 @@ def test_nothing_is_written_back_after_a_reset(features: int) -> None:
         assert "used 1 requests of the 0" in rig.granter.end()
         assert bytes(rig.ram) == before
         assert request.data(rig.ram) == bytes(3)
+
+
+@pytest.mark.parametrize("features", FORMATS)
+def test_a_reset_of_its_bus_takes_everything_back(features: int) -> None:
+    """PCI-to-PCI Bridge 1.2, 3.2.5.17: the guest resets what is behind a bridge, and the rings."""
+    with Granted(features) as granted:
+        rig = granted.rig
+        granted.queue.ask([TOLD], [len(TOLD)])
+        granter = rig.proxy._granter
+        assert granter.live
+        granted.queue.send([TOLD], [len(TOLD)])  # without a doorbell
+        rig.proxy.write_virtual_config(VIRTUAL_RESET, 1)
+        before = bytes(rig.ram)
+        rig.settle()
+        assert not granter.live
+        assert all(not each._grants for each in granter._queues)
+        assert bytes(rig.ram) == before
 
 
 def _start_again(driver: Driver, features: int) -> None:
