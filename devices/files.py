@@ -29,8 +29,9 @@ class HostFile:
             same time, one that is read no writer. In a directory it is what may be done in it.
         read_only_if: an option of the model (true or false): if true, it is not writable.
         direct_if: the same: if true, open it with O_DIRECT.
-        output: the device writes it for people and never reads it: it is no part of the machine, so
-            a snapshot does not keep it and a restored machine goes on with the file itself.
+        output: the device writes it for people and never reads it. It is made if it is not there,
+            and begins empty. It is no part of the machine, so a snapshot does not keep it and a
+            restored machine goes on with the file itself.
         unit: not 0: its size in bytes must be a multiple of this, and not 0.
     """
 

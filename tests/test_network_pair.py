@@ -6,6 +6,8 @@ import os
 import random
 import select
 import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +188,22 @@ def test_another_user_is_refused(
     assert poll.poll(0) == []
     one.close()
     other.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is another user, too")
+def test_whose_the_other_end_is() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as seat:
+        seat.bind("")  # an abstract name of the kernel's choice
+        seat.listen()
+        for user in (0, 65534):
+            code = "import os, socket, sys; os.setuid(int(sys.argv[1]))"
+            code += "; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)"
+            code += "; s.connect(bytes.fromhex(sys.argv[2])); s.recv(1)"
+            name = seat.getsockname().hex()
+            with subprocess.Popen([sys.executable, "-c", code, str(user), name]) as process:
+                with seat.accept()[0] as connection:
+                    assert pair._user_of(connection) == user
+                assert process.wait(20) == 0
 
 
 def test_a_device_that_takes_no_cables(name: str, loop: EventLoop) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from devices.virtio.console import (
     TX1,
     Console,
 )
+from vmm.machine import Machine
 
 
 @pytest.fixture(params=[0, F_PACKED], ids=["split", "packed"])
@@ -143,6 +145,17 @@ def test_ports(ports: tuple[Driver, int]) -> None:
     driver.queues[TX1].ask([b"two"])
     assert os.pread(fd, 100, 0) == b"one two"
     assert printed(driver) == b""
+
+
+def test_a_log_is_made_and_begins_empty(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for _ in range(2):
+        with Machine(memory="16M", devices=()) as machine:
+            machine.add_device("console", log=str(log))
+            machine.build()
+            assert log.read_bytes() == b""
+            assert machine.parts.host_files.held["console"] == [f"log ({log}, write)"]
+        log.write_bytes(b"of a run before")
 
 
 def test_nonsense_on_the_control_queue(ports: tuple[Driver, int]) -> None:

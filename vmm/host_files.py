@@ -154,7 +154,10 @@ class HostFiles:
 
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
         if file.directory or file.output:
-            return _open(path, file, flags, where)
+            fd = _open(path, file, flags, where)
+            if file.output and self._saved is None:  # a restored machine goes on with it
+                _empty(fd)
+            return fd
         used = _Used(name, path, -1, flags & os.O_ACCMODE != os.O_RDONLY)
         record = None
         if self._saved is not None:
@@ -255,6 +258,8 @@ def _keep(
 def _flags(file: HostFile, options: object) -> int:
     writable = file.may_write(options)
     flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # a FIFO must not make us wait
+    if file.output:
+        return flags | os.O_WRONLY | os.O_CREAT
     flags |= os.O_RDWR if writable and not file.directory else os.O_RDONLY
     if file.direct_if and getattr(options, file.direct_if):
         flags |= os.O_DIRECT
@@ -276,7 +281,7 @@ def _kind(path: str) -> str:
 def _open(path: str, file: HostFile, flags: int, where: str) -> int:
     writable = flags & os.O_ACCMODE != os.O_RDONLY
     try:
-        fd = os.open(path, flags)
+        fd = os.open(path, flags, 0o644)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, OSError) and error.errno == errno.EINVAL and flags & os.O_DIRECT:
@@ -291,6 +296,11 @@ def _open(path: str, file: HostFile, flags: int, where: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _empty(fd: int) -> None:
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        os.ftruncate(fd, 0)
 
 
 def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
@@ -333,7 +343,10 @@ def _check_rights(fd: int, writable: bool, where: str) -> None:
 
 def _what(fd: int, writable: bool) -> str:
     """A descriptor in words: what it is of, and for what."""
-    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {'read and write' if writable else 'read'}"
+    rights = "read and write" if writable else "read"
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        rights = "write"
+    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
 
 
 # What a snapshot says of a file.
