@@ -73,8 +73,9 @@ class SharedDirectory:
             if not os.path.samestat(os.stat(path, dir_fd=self.fd), about):
                 raise JailError("root", f"{path} of its descriptor is not the shared directory")
         flags = os.fstatvfs(self.fd).f_flag
-        if not flags & os.ST_NOSUID or not flags & os.ST_NODEV:
-            raise JailError("root", "the shared directory has set-user-ID programs or devices")
+        wanted = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+        if flags & wanted != wanted:
+            raise JailError("root", "the shared directory has programs or devices")
         if self.writable:
             return "the shared directory, read and write"
         try:
