@@ -7,6 +7,7 @@ something wants attention, look at why it stopped. Every request to stop is only
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -22,6 +23,9 @@ from vmm.outcome import Ending, Outcome
 
 UNLIMITED = 1 << 62
 """A budget that ends only when somebody kicks the CPU."""
+SWITCH_INTERVAL = 5e-4
+"""Seconds for which the vCPU thread may keep the interpreter from the watcher, which brings the
+guest's timers; a guest that reads its clock in a loop is back in Python at once each time."""
 WINDOW_FIRST = 256
 WINDOW_MAX = 16 << 10
 """Budgets, in bytes of code, while an interrupt waits for the guest to enable interrupts."""
@@ -131,6 +135,8 @@ class VcpuLoop:
             cpu.count()
         last = cpu.executed + budget
         stats, entered = self.stats, perf_counter()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             while not self._turn_ends(last, steps):
                 if self.suspended or cpu.halted:
@@ -148,6 +154,7 @@ class VcpuLoop:
                     self._crashed(stop)
         finally:
             clock.pause()
+            sys.setswitchinterval(interval)
             stats.total += perf_counter() - entered
 
     def _budget(self, last: int) -> int | None:

@@ -221,11 +221,11 @@ class Cpu:
             self._budget.leaving = None if count else self._leaving
         leaving = self._budget.leaving
         self._budget.arm(min(budget, NO_LIMIT))
-        self._running = True
-        if self._kicked:  # a kick that came before the limit was set
-            self._running = self._kicked = False
-            return _BUDGET
         while True:
+            self._running = True
+            if self._kicked:  # it came before the limit was set, or between two starts
+                self._running = self._kicked = False
+                return _BUDGET
             code = engine.start(engine.read(REG.UC_X86_REG_RIP), count)
             self._running, kicked, self._kicked = False, self._kicked, False
             if traps.failure is not None:
@@ -235,7 +235,6 @@ class Cpu:
                 stop = self._refused(count, kicked)
                 if stop is not None:
                     return stop
-                self._running = True
                 continue
             if leaving is not None and code == LEFT:
                 ended = leaving.halted()
@@ -255,7 +254,6 @@ class Cpu:
                 return _BUDGET
             if ended:
                 return _STEPPED if count else _HALT
-            self._running = True
 
     def _refused(self, count: int, kicked: bool) -> Stop | None:
         """A forbidden port access ended the run: deliver its fault; None: go on."""
