@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from cpu_bench import CODE, HANDLERS, Bench
+from test_cpu_ports import user
 from test_cpu_run import COUNT, COUNTER, assert_exact, counting
 
 from vmm.cpu import engine, leaving, virq
@@ -134,9 +135,7 @@ def test_a_kick_between_two_starts_is_heard(monkeypatch: pytest.MonkeyPatch) -> 
             bench.cpu._kicked = True
 
         monkeypatch.setattr(bench.cpu.traps, "refuse", late)
-        state = bench.long(user=True)
-        state.gpr[2] = 0x80
-        bench.start(state, b"\xec\xf4")  # in al, dx; hlt
+        bench.start(user(bench, "long"), b"\xec\xf4")  # in al, dx; hlt
         assert bench.cpu.run().reason is StopReason.BUDGET
         assert bench.cpu.get_state().rip == HANDLERS + 13
 
