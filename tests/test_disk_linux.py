@@ -83,7 +83,7 @@ def test_a_snapshot_amid_dma(isolated: bool, image: Path, tmp_path: Path) -> Non
         assert outcome.ending is Ending.PAUSED, outcome
         machine.run(timeout=0.05)
         machine.snapshot(tmp_path / "saved")
-    with Machine.restore(tmp_path / "saved") as machine:
+    with Machine.restore(tmp_path / "saved", disks="original") as machine:
         shell = Shell(machine)
         shell.wait()
         sums = shell.ask("sha1sum /x /m/* | cut -d' ' -f1 | sort -u | wc -l; sha1sum /m/6")

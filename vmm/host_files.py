@@ -1,10 +1,9 @@
 """The files of the host that devices' options name (`devices.files`), from start to snapshot.
 
 They are opened and checked here, because a device's process can open nothing. The machine keeps a
-descriptor of its own, for reading, to save what a device wrote: a snapshot has the content of every
-file that a device can write, so that memory and disk fit together however often it is restored, and
-of all others it has the reference. Directories, and files that devices only write (logs), are no
-part of the machine.
+descriptor of its own, for reading: a snapshot has the content of every file that a device can
+write, so that memory and disk fit together however often it is restored, and references to the
+others. Directories, and files that devices only write (logs), are no part of the machine.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ from vmm import disks
 from vmm.config import DeviceConfig
 from vmm.snapshot import FileIdentity, SavedDisk
 
-_EXPLAIN = {
-    errno.ENOSPC: "; --snapshot-disks none leaves the content of disks out",
-    errno.EFBIG: "; --snapshot-disks none leaves the content of disks out",
-}
+_EXPLAIN = dict.fromkeys(
+    (errno.ENOSPC, errno.EFBIG), "; --snapshot-disks none leaves the content of disks out"
+)
 
 
 class HostFileError(UserError):
@@ -353,8 +351,7 @@ def _what(fd: int, writable: bool) -> str:
 
 
 def _check_unchanged(fd: int, record: SavedDisk, where: str) -> None:
-    here = FileIdentity.of(fd)
-    if here == record.original:
+    if (here := FileIdentity.of(fd)) == record.original:
         return
     mend = "; the snapshot has the content: leave --disks original out"
     raise HostFileError(
@@ -364,9 +361,8 @@ def _check_unchanged(fd: int, record: SavedDisk, where: str) -> None:
 
 
 def _open_copy(path: Path, where: str) -> int:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags)
+        fd = os.open(path, os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         raise HostFileError(f"{where}: {path}: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -377,9 +373,8 @@ def _open_copy(path: Path, where: str) -> int:
 
 def _check_copy(fd: int, record: SavedDisk, where: str) -> None:
     """Untouched by size and time; a copy of the snapshot with other times, by its content."""
-    here = FileIdentity.of(fd)
     assert record.copy is not None
-    if here == record.copy:
+    if (here := FileIdentity.of(fd)) == record.copy:
         return
     if here.size != record.copy.size:
         raise HostFileError(f"{where} has {here.size} bytes instead of {record.copy.size}")
@@ -400,7 +395,6 @@ def _words(identity: FileIdentity) -> str:
 def _time(identity: FileIdentity) -> str:
     seconds, rest = divmod(identity.written, 1_000_000_000)
     try:
-        text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09} UTC"
     except (OverflowError, ValueError, OSError):
         return f"at {identity.written} ns"
-    return f"{text}.{rest:09} UTC"
