@@ -125,6 +125,21 @@ def test_a_kick_is_told_from_a_halt() -> None:
                     assert halts in (before, before - 1)
 
 
+def test_a_stop_right_behind_a_halt_is_none() -> None:
+    """Woken, and stopped where the halt had left it: the handler's last block was kicked."""
+    with Bench(counts=False) as bench:
+        bench.memory.write(0x10040, b"\xe6\x80\x48\xcf")  # out 0x80, al; iretq
+        bench.ports.on_write = lambda *_: bench.cpu.kick()
+        state = counting(bench)
+        state.rflags = 0x202
+        bench.start(state, b"\xf4\x90\xf4")  # hlt; nop; hlt
+        assert bench.cpu.run().reason is StopReason.HALT
+        assert bench.cpu.inject(0x40) is None
+        assert bench.cpu.run().reason is StopReason.BUDGET
+        assert bench.cpu.get_state().rip == CODE + 1
+        assert not bench.cpu.halted
+
+
 def test_a_kick_between_two_starts_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forbidden port access ends the engine's run, not ours; a kick may come just then."""
     with Bench(counts=False) as bench:
