@@ -40,6 +40,7 @@ GUESTS = {
     "serial-echo": Guest("serial-echo.bin", "gives back lines typed at it, by interrupt"),
     "serial-poll": Guest("serial-poll.bin", "gives back lines typed at it, by polling"),
     "long-mode": Guest("long-mode.bin", "64-bit mode: exceptions, ring 3, SYSCALL", 64),
+    "x2apic": Guest("x2apic.bin", "the local APIC by MSRs, CR8, deadlines of the TSC", 64),
     "crash": Guest("crash.elf", "ends in a deliberate triple fault"),
     "stress": Guest(
         "stress.bin", "random port and memory accesses, every value checked", parameters=("rounds",)

@@ -21,25 +21,6 @@ def test_misaligned_movaps_is_a_fault() -> None:
         assert bench.vector() == 13
 
 
-@gap("the library gives 0 for CR8, and tells nobody of writes")
-def test_cr8_keeps_its_value() -> None:
-    with Bench() as bench:
-        state = bench.long()
-        state.gpr[0] = 5
-        bench.run(state, b"\x44\x0f\x22\xc0\x44\x0f\x20\xc3\xf4")  # mov cr8, rax; mov rbx, cr8
-        assert bench.cpu.get_state().gpr[3] == 5
-
-
-@pytest.mark.parametrize("code", [b"\x0f\x32", b"\x0f\x30"])
-@gap("RDMSR and WRMSR cannot be trapped")
-def test_an_unknown_msr_is_a_fault(code: bytes) -> None:
-    with Bench() as bench:
-        state = bench.long()
-        state.gpr[1] = 0x4B56_4DFF
-        bench.run(state, code + b"\xf4")
-        assert bench.vector() == 13
-
-
 @gap("the library checks no segment limits")
 def test_an_access_beyond_the_limit_is_a_fault() -> None:
     with Bench() as bench:

@@ -575,12 +575,12 @@ def test_current_count_is_read_only(lapic: Lapic) -> None:
 
 
 def test_tsc_deadline(lapic: Lapic) -> None:
-    lapic.apic.write_tsc_deadline(5000)
+    lapic.apic.timer.write_deadline(5000)
     assert lapic.apic.timer.deadline() == 0, "not in this mode"
     lapic.put(R.LVT + Lvt.TIMER, 0x40 | DEADLINE)
     lapic.put(R.INITIAL_COUNT, 100)
     assert lapic.get(R.INITIAL_COUNT) == lapic.get(R.CURRENT_COUNT) == 0
-    lapic.apic.write_tsc_deadline(5000)
+    lapic.apic.timer.write_deadline(5000)
     assert lapic.apic.timer.deadline() == 5000
     lapic.clock.advance(4999)
     assert lapic.apic.request < 0
@@ -588,13 +588,13 @@ def test_tsc_deadline(lapic: Lapic) -> None:
     assert lapic.take() == 0x40
     lapic.eoi()
     assert lapic.apic.timer.deadline() == 0
-    lapic.apic.write_tsc_deadline(6000)
-    lapic.apic.write_tsc_deadline(0)
+    lapic.apic.timer.write_deadline(6000)
+    lapic.apic.timer.write_deadline(0)
     assert lapic.clock.pending() == []
-    lapic.apic.write_tsc_deadline(1)
+    lapic.apic.timer.write_deadline(1)
     lapic.clock.advance(0)
     assert lapic.take() == 0x40, "a deadline that is past is due at once"
-    lapic.apic.write_tsc_deadline((1 << 64) - 1)
+    lapic.apic.timer.write_deadline((1 << 64) - 1)
     assert lapic.reborn().clock.pending() == lapic.clock.pending()
 
 
@@ -602,7 +602,7 @@ def test_tsc_deadline(lapic: Lapic) -> None:
 def test_changing_to_or_from_deadline_stops(lapic: Lapic, before: int, after: int) -> None:
     lapic.put(R.LVT + Lvt.TIMER, 0x40 | before)
     lapic.put(R.INITIAL_COUNT, 1000)
-    lapic.apic.write_tsc_deadline(1000)
+    lapic.apic.timer.write_deadline(1000)
     assert lapic.clock.pending() != []
     lapic.put(R.LVT + Lvt.TIMER, 0x40 | after)
     assert lapic.clock.pending() == []
@@ -613,7 +613,7 @@ def test_changing_to_or_from_deadline_stops(lapic: Lapic, before: int, after: in
 def test_restored_in_the_middle_of_a_count(lapic: Lapic, mode: int) -> None:
     lapic.put(R.LVT + Lvt.TIMER, 0x40 | mode)
     lapic.put(R.INITIAL_COUNT, 50_000)
-    lapic.apic.write_tsc_deadline(100_000)
+    lapic.apic.timer.write_deadline(100_000)
     lapic.clock.advance(33_333)
     twin = lapic.reborn()
     assert twin.clock.pending() == lapic.clock.pending() == [100_000]

@@ -108,9 +108,14 @@ def test_ctrl_c_ends_what_runs_in_the_shell(machine: Machine) -> None:
     [
         ("acpi=off", KernelEntry.AUTO, "XT-PIC", "pit"),
         ("noapic nolapic mitigations=off", KernelEntry.AUTO, "XT-PIC", "hpet"),
-        ("kaslr", KernelEntry.BZIMAGE, "IO-APIC", "lapic"),
+        ("kaslr", KernelEntry.BZIMAGE, "IO-APIC", "lapic-deadline"),
         # This CPU does not speculate, so Linux must be told to guard against it.
-        ("pti=on spectre_v2=retpoline", KernelEntry.AUTO, "IO-APIC", "lapic"),
+        (
+            "pti=on spectre_v2=retpoline lapic=notscdeadline",
+            KernelEntry.AUTO,
+            "IO-APIC",
+            "lapic",
+        ),
     ],
 )
 def test_other_ways_to_boot(

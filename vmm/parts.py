@@ -23,6 +23,8 @@ from vmm.clock import MachineClock, RealClock, VirtualClock
 from vmm.config import CONSOLE, ClockKind, DeviceConfig, FailurePolicy, HostOptions, MachineConfig
 from vmm.console import ConsoleBuffer
 from vmm.cpu.engine import Cpu
+from vmm.cpu.intercept import available
+from vmm.cpu.msrs import Msrs
 from vmm.crash import crash_report
 from vmm.events import FAR, EventLoop, Timer
 from vmm.host_files import HostFiles
@@ -36,6 +38,7 @@ from vmm.turns import TurnGiver
 from vmm.vcpu import VcpuLoop
 from vmm.wiring import Wiring
 
+MSRS = "msr"
 LONG_DRAIN = 1e-3
 """Seconds of listening to one device after which the guest runs for as long."""
 LOOKS = 4
@@ -316,6 +319,13 @@ class Parts:
             self.wiring.log(name, f"close failed: {error!r}")
 
     # Quiet.
+
+    def spaces(self) -> dict[str, Bus | Msrs]:
+        """Where the guest can look for something that is not there, by name: buses, MSRs."""
+        found: dict[str, Bus | Msrs] = {str(kind): bus for kind, bus in self.buses.items()}
+        if available():
+            found[MSRS] = self.cpu.traps.msrs
+        return found
 
     def unmute(self) -> None:
         """The CPU has stopped: devices can be reached again."""

@@ -98,6 +98,7 @@ class VcpuLoop:
         self.window = InterruptWindow()
         self._waits = False
         cpu.deliver_by(self._taken)
+        cpu.traps.msrs.apic = irqchip.lapic
         irqchip.on_pending, irqchip.on_withdrawn = self._interrupt_waits, cpu.interrupt_withdrawn
 
     def stop(self, outcome: Outcome) -> None:

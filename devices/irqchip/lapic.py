@@ -359,17 +359,19 @@ class LocalApic(Device):
         self.write_lvt(Lvt.LINT0, _EXTINT << 8)
         self.write_lvt(Lvt.LINT1, _NMI << 8)
 
+    # RDMSR, WRMSR and MOV CR8; see `x2apic`.
+
     def read_msr(self, index: int) -> int:
-        """RDMSR; see `x2apic.read_msr`."""
         return x2apic.read_msr(self, index)
 
     def write_msr(self, index: int, value: int) -> None:
-        """WRMSR; see `x2apic.write_msr`."""
         x2apic.write_msr(self, index, value)
 
-    def write_tsc_deadline(self, when: int) -> None:
-        """IA32_TSC_DEADLINE: a TSC value, which is nanoseconds of guest time; 0 disarms."""
-        self.timer.write_deadline(when)
+    def read_cr8(self) -> int:
+        return self.state.tpr >> 4  # its class (10.8.6.1)
+
+    def write_cr8(self, value: int) -> None:
+        self.write_tpr(value << 4)
 
     # State.
 

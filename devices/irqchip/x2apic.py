@@ -1,8 +1,4 @@
-"""The MSRs of the local APIC (SDM volume 3A, 10.12 "Extended XAPIC (x2APIC)").
-
-RDMSR and WRMSR do not leave the CPU engine, so no guest gets here and CPUID offers no x2APIC; the
-model is complete for an engine that lets them through.
-"""
+"""The MSRs of the local APIC (SDM volume 3A, 10.12 "Extended XAPIC (x2APIC)")."""
 
 from __future__ import annotations
 
@@ -89,7 +85,7 @@ def write_msr(apic: LocalApic, index: int, value: int) -> None:
         _write_base(apic, value)
         return
     if index == IA32_TSC_DEADLINE:
-        apic.write_tsc_deadline(value)
+        apic.timer.write_deadline(value)
         return
     number = _number(apic, index)
     match number:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from devices.bus import Bus, BusType
 from devices.errors import UserError
 from vmm.boot import elf
+from vmm.parts import MSRS
 
 _KEPT = 4096
 """Different places that are told apart; a guest that scans an address space has more."""
+
+
+class Unclaimed(Protocol):
+    """An address space: a bus, or the MSRs."""
+
+    on_unclaimed: Callable[[str, int, int, int], None] | None
 
 
 def read_symbols(name: str, data: bytes) -> list[tuple[int, int, str]]:
@@ -36,17 +43,22 @@ def read_symbols(name: str, data: bytes) -> list[tuple[int, int, str]]:
 
 
 class UnclaimedTrace:
-    """Counts the accesses that no device answered, by place, size and direction."""
+    """Counts the accesses that nobody answered, by place, size and direction.
 
-    def __init__(self, buses: Mapping[BusType, Bus]) -> None:
+    Args:
+        spaces: by name; "msr" may be missing, which the lines then say.
+    """
+
+    def __init__(self, spaces: Mapping[str, Unclaimed]) -> None:
         self._counts: Counter[tuple[str, str, int, int]] = Counter()
         self._others = 0
-        for kind, bus in buses.items():
-            bus.on_unclaimed = self._listener(kind)
+        self._all = MSRS in spaces
+        for name, space in spaces.items():
+            space.on_unclaimed = self._listener(name)
 
-    def _listener(self, bus: BusType) -> Callable[[str, int, int, int], None]:
+    def _listener(self, space: str) -> Callable[[str, int, int, int], None]:
         def listen(direction: str, address: int, size: int, _value: int) -> None:
-            key = (str(bus), direction, address, size)
+            key = (space, direction, address, size)
             if key in self._counts or len(self._counts) < _KEPT:
                 self._counts[key] += 1
             else:
@@ -57,12 +69,14 @@ class UnclaimedTrace:
     def lines(self) -> list[str]:
         """One line for each place, the most used first, and one on what cannot be known."""
         lines = [
-            f"unclaimed {bus} {direction} of {size} at {address:#x}: {count} times"
-            for (bus, direction, address, size), count in self._counts.most_common()
+            f"unclaimed {space} {direction} of {size} at {address:#x}: {count} times"
+            for (space, direction, address, size), count in self._counts.most_common()
         ]
         if self._others:
             lines.append(f"unclaimed: {self._others} accesses elsewhere")
-        lines.append(
-            "unclaimed MSRs: not known, the CPU engine does not tell of them (unknown ones read 0)"
-        )
+        if not self._all:
+            lines.append(
+                "unclaimed MSRs: not known, this build of the CPU engine does not tell of them "
+                "(unknown ones read 0)"
+            )
         return lines

@@ -237,7 +237,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--trace",
         choices=("unclaimed",),
-        help="at the end, list the ports and addresses that nobody answered",
+        help="at the end, list the ports, addresses and MSRs that nobody answered",
     )
     run.add_argument(
         "--symbols", metavar="FILE", help="names for crash reports: an ELF file or a System.map"

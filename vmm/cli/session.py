@@ -119,7 +119,7 @@ class Session:
         self._connect_debug_console()
         if symbols := self.args.symbols:
             parts.symbols = read_symbols(symbols, read_file(symbols, "symbols"))
-        trace = UnclaimedTrace(parts.buses) if self.args.trace else None
+        trace = UnclaimedTrace(parts.spaces()) if self.args.trace else None
         if self.plan.when == "text":
             machine.console.watch(self.plan.text, self._want_snapshot)
         elif isinstance(self.plan.when, float):

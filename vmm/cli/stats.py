@@ -36,8 +36,8 @@ def stats_values(machine: Machine) -> dict[str, Any]:
         },
         "placement": parts.placement.describe(),
         "unclaimed": {
-            str(kind): {"reads": bus.unclaimed_reads, "writes": bus.unclaimed_writes}
-            for kind, bus in parts.buses.items()
+            name: {"reads": space.unclaimed_reads, "writes": space.unclaimed_writes}
+            for name, space in parts.spaces().items()
         },
         "pci_problems": parts.pci.problems(),
         "devices": devices,

@@ -11,6 +11,7 @@ from typing import Any
 from devices.bus import ALL_ONES, Bus
 from vmm.cpu.context import Context
 from vmm.cpu.cpuid import cpuid
+from vmm.cpu.intercept import available
 from vmm.cpu.layout import H_CPL
 from vmm.cpu.library import (
     REG,
@@ -75,13 +76,14 @@ def install_io(
 def install_cpuid(engine: Engine, context: Context, fail: Fail) -> None:
     """Answer CPUID from `vmm.cpu.cpuid`."""
     save, restore, longs, gpr = context.save, context.restore, context.longs, context.at.gpr
+    msrs = available()
 
     def on_cpuid(_engine: int, _data: int) -> int:
         try:
             save()
             # EAX, EBX, ECX, EDX in the order of the encoding: 0, 3, 1, 2.
             longs[gpr], longs[gpr + 3], longs[gpr + 1], longs[gpr + 2] = cpuid(
-                longs[gpr] & 0xFFFF_FFFF
+                longs[gpr] & 0xFFFF_FFFF, msrs
             )
             restore()
         except BaseException as failure:

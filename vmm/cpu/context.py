@@ -94,12 +94,21 @@ class Context:
 
     def clear_flags(self, mask: int) -> None:
         """Clear system flags (never arithmetic ones), and the interrupt shadow."""
-        at = self.at
-        self.words[at.eflags_w] &= ~mask & NONE
-        self.words[at.hflags_w] &= ~H_SHADOW & NONE
+        self.words[self.at.eflags_w] &= ~mask & NONE
+        self.clear_shadow()
+
+    def clear_shadow(self) -> None:
+        """No longer is STI or MOV SS the instruction before."""
+        self.words[self.at.hflags_w] &= ~H_SHADOW & NONE
 
     def control(self, number: int) -> int:
         return self.longs[self.at.cr + number]
+
+    def linear_rip(self) -> int:
+        """The linear address of the next instruction."""
+        if self.hidden & H_CS64:
+            return self.rip
+        return self.base(CS) + self.rip & NONE
 
     # Segments.
 

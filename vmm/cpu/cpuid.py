@@ -2,8 +2,8 @@
 
 The engine's own answer hides that this is a virtual machine and advertises what it has not, so
 every leaf is answered from this table. Left out although the engine or real CPUs of this model
-have them: x2APIC and the TSC deadline (their MSRs cannot be trapped), AVX and XSAVE (state
-incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP, SMAP, PCID, and performance counters.
+have them: AVX and XSAVE (state incomplete), MONITOR, VME, HTT, RDTSCP, UMIP, SMEP, SMAP, PCID, and
+performance counters; and x2APIC and the TSC deadline where their MSRs cannot be had (`intercept`).
 
 What it says of clocks holds for a `Cpu` whose `tsc` counts nanoseconds, as the machine's does.
 
@@ -27,6 +27,7 @@ _FEATURES_ECX = sum(
         31,  # hypervisor
     )
 )
+_MSR_FEATURES_ECX = 1 << 21 | 1 << 24  # x2APIC, TSC deadline
 _FEATURES_EDX = sum(
     1 << bit
     for bit in (
@@ -81,6 +82,13 @@ TABLE: dict[int, Leaf] = {
 _NOTHING: Leaf = (0, 0, 0, 0)
 
 
-def cpuid(leaf: int) -> Leaf:
-    """The answer for `leaf`. No leaf of ours has subleaves; unknown ones are zero."""
-    return TABLE.get(leaf, _NOTHING)
+def cpuid(leaf: int, msrs: bool = True) -> Leaf:
+    """The answer for `leaf`. No leaf of ours has subleaves; unknown ones are zero.
+
+    Args:
+        msrs: whether the MSRs of the local APIC can be had.
+    """
+    eax, ebx, ecx, edx = TABLE.get(leaf, _NOTHING)
+    if leaf == 1 and msrs:
+        ecx |= _MSR_FEATURES_ECX
+    return eax, ebx, ecx, edx

@@ -95,7 +95,8 @@ class Cpu:
         self._physical = Physical(memory, mmio)
         self._linear = Linear(context, self._physical)
         self._registers = Registers(context, self._budget)
-        self.traps = traps = Traps(engine, context, self._linear, self._budget, memory.regions[0])
+        low = memory.regions[0]
+        self.traps = traps = Traps(engine, context, self._linear, self._budget, low, tsc=tsc)
         hidden = hidden_flags(context, direct=native)
         install_io(
             engine,

@@ -46,7 +46,7 @@ class FastCalls:
         """The length of ``0F opcode`` at RIP, whose prefixes the engine does not tell."""
         context = self._context
         wide = context.hidden & H_CS64
-        linear = context.rip if wide else context.base(CS) + context.rip & NONE
+        linear = context.linear_rip()
         place = self._quick.find(linear) if wide else -1
         if place >= 0 and place & 0xFFF < 0xFFF:
             code = self._quick.ram[place : place + 2]
@@ -67,7 +67,7 @@ class FastCalls:
         context = self._context
         context.save()
         wide = context.hidden & H_CS64
-        linear = context.rip if wide else context.base(CS) + context.rip & NONE
+        linear = context.linear_rip()
         code = self._linear.peek(linear, 15)
         opcode = code.lstrip(_PREFIXES64 if wide else _PREFIXES)
         return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == wanted else None

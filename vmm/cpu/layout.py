@@ -35,6 +35,7 @@ H_FPU_SHIFT = 8  # CR0.MP, EM and TS (bits 1-3) lie at 9-11
 H_FPU = 7 << 9
 H_LMA = 1 << 14
 H_CS64 = 1 << 15
+H_GUEST = 1 << 21
 H_OSFXSR = 1 << 22
 H_SMAP = 1 << 23
 H_IO_BREAKPOINT = 1 << 24

@@ -20,12 +20,14 @@ from vmm.cpu.context import (
     NONE,
     Context,
 )
+from vmm.cpu.intercept import Intercepts, available
 from vmm.cpu.layout import (
     H_CPL,
     H_CS32,
     H_CS64,
     H_FPU,
     H_FPU_SHIFT,
+    H_GUEST,
     H_IO_BREAKPOINT,
     H_LMA,
     H_OSFXSR,
@@ -33,6 +35,7 @@ from vmm.cpu.layout import (
     H_SHADOW,
 )
 from vmm.cpu.library import REG, memory_of
+from vmm.cpu.msrs import PASSED, READABLE
 from vmm.cpu.state import CpuState, DescriptorTable, Segment
 from vmm.cpu.validate import ATTRIBUTES, SEGMENT_NAMES, validate
 
@@ -66,6 +69,9 @@ class Registers:
         self._scratch[: len(_SET_DR7)] = _SET_DR7
         engine.map_ram(SCRATCH, mmap.PAGESIZE, memory_of(self._scratch))
         self._msr_reset = {n: engine.read_msr(n) for n in _MSR_CANDIDATES if self._keeps(n)}
+        self._intercepts: Intercepts | None = None
+        if available():
+            self._intercepts = Intercepts(context, (*self._msr_reset, *PASSED), READABLE)
         context.save()
         self._pristine = bytes(context.bytes)
 
@@ -170,6 +176,8 @@ class Registers:
     def _hidden(self, state: CpuState) -> int:
         """The engine's hidden flags that belong to this state, but for SS32 and ADDSEG."""
         hidden = state.cr0 << H_FPU_SHIFT & H_FPU
+        if self._intercepts is not None:
+            hidden |= H_GUEST
         if state.cr0 & CR0_PE:
             hidden |= H_PE
             hidden |= 3 if state.rflags & F_VM else state.ss.attributes >> 13 & 3

@@ -10,7 +10,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from vmm.cpu.budget import Budget
-from vmm.cpu.context import Context
+from vmm.cpu.context import F_TF, Context
 from vmm.cpu.delivery import (
     DEBUG,
     HAS_ERROR_CODE,
@@ -21,6 +21,7 @@ from vmm.cpu.delivery import (
     TripleFault,
 )
 from vmm.cpu.fastcall import FastCalls
+from vmm.cpu.intercept import EVENTS
 from vmm.cpu.library import (
     DATA_ERRORS,
     FETCH_ERRORS,
@@ -33,12 +34,14 @@ from vmm.cpu.library import (
     SyscallCallback,
     error_name,
 )
+from vmm.cpu.msrs import Msrs
 from vmm.cpu.native import NativeEvents
 from vmm.cpu.paging import Fault, Linear
 from vmm.cpu.permission import IoPermission
 from vmm.cpu.stop import Stop, StopReason
 from vmm.memory import RamRegion
 
+DR6_BS = 1 << 14
 EXCEPTION_COST = 64
 """Budget spent for each delivered exception, so that endless exceptions end a run too."""
 
@@ -48,15 +51,24 @@ class Traps:
 
     Args:
         low: the RAM that begins at guest-physical 0.
+        tsc: see `Cpu`.
 
     Attributes:
         final: the stop that no run goes on from (triple fault), if there was one.
         failure: the first exception that a callback of ours raised, to be raised by the run.
+        msrs: what RDMSR, WRMSR and MOV CR8 do where the engine does not.
         count, ns: the events that Python delivered, and the nanoseconds that took.
     """
 
     def __init__(
-        self, engine: Engine, context: Context, linear: Linear, budget: Budget, low: RamRegion
+        self,
+        engine: Engine,
+        context: Context,
+        linear: Linear,
+        budget: Budget,
+        low: RamRegion,
+        *,
+        tsc: Callable[[], int] | None = None,
     ) -> None:
         self.final: Stop | None = None
         self.failure: BaseException | None = None
@@ -68,6 +80,7 @@ class Traps:
         self._delivery = Delivery(context, linear)
         self.fast = FastCalls(context, linear)
         self._permission = IoPermission(context, linear)
+        self.msrs = Msrs(context, linear, tsc)
         self._limit = 0
         self._events: NativeEvents | None = None
         self._install(low)
@@ -169,16 +182,31 @@ class Traps:
         context = self._context
         context.save()
         words, at = context.words, context.at
-        if vector > 0xFF:
+        if vector in EVENTS:
+            ends = self._intercepted(vector)
+        elif vector > 0xFF:
             self.final = Stop(StopReason.ERROR, f"the engine raised event {vector:#x}")
             ends = True
         elif words[at.is_software_w]:
+            words[at.is_software_w] = 0  # the engine forgets to, and believes it at an intercept
             ends = self.deliver(vector, None, Source.SOFTWARE)
         else:
             code = words[at.error_code_w] if vector in HAS_ERROR_CODE else None
             ends = self.deliver(vector, code, Source.EXCEPTION)
         if ends:
             self._engine.stop()
+
+    def _intercepted(self, event: int) -> bool:
+        context = self._context
+        try:
+            self.msrs.instruction(event)
+        except Fault as fault:
+            return self.deliver(fault.vector, fault.code, Source.EXCEPTION)
+        if context.system_flags & F_TF:
+            context.longs[context.at.dr + 6] |= DR6_BS
+            return self.deliver(DEBUG, None, Source.EXCEPTION)
+        context.restore()
+        return False
 
     def _on_invalid(self, _engine: int, _data: int) -> bool:
         if self.denied:

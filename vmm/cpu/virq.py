@@ -6,8 +6,8 @@ to deliver. But the engine can wait for that: it has what a hypervisor in the gu
 virtual interrupt of AMD-V (APM volume 2, 15.21.4). While a bit in the CPU's structure is set the
 engine looks whether the guest can take an interrupt whenever it leaves a block that STI, POPF or
 IRET ends, reads the vector from the control block (VMCB) in guest-physical memory, and delivers it.
-The guest has no control block. We have the engine look for it where there is I/O of ours, so the
-read of the vector is the moment at which the interrupt controller is asked.
+The block of ours (see `intercept`) has its vector where there is I/O of ours, so the read of the
+vector is the moment at which the interrupt controller is asked.
 
 The two fields, the bit and the address of the control block, are found by experiment (see
 `laboratory`) and then tried.
@@ -24,6 +24,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
+from vmm.cpu.intercept import BLOCK, VECTOR_PAGE
 from vmm.cpu.laboratory import Laboratory, cpu_of
 from vmm.cpu.leaving import Places, places
 from vmm.cpu.library import (
@@ -37,11 +38,8 @@ from vmm.cpu.library import (
     memory_of,
 )
 
-_BLOCK_AT = 1 << 56
-"""Guest-physical address of the control block; no page table can name it."""
-_BLOCK_SIZE = 0x1000
-_VECTOR_AT, _VECTOR_SIZE = 0x64, 4
-"""Of the vector in a control block (APM volume 2, table B-1)."""
+_VECTOR = (0, 4)
+"""Offset in the page of `intercept.VECTOR_PAGE`, and size."""
 _VIRTUAL = 0x100  # CPU_INTERRUPT_VIRQ
 _NOTHING = 0xFFFF_FFFF
 
@@ -78,11 +76,11 @@ class Virq:
         self._block = ctypes.c_uint64.from_address(cpu + fields.block)
         self._count = ctypes.c_int16.from_address(cpu + at.count)
         read, write = MmioReadCallback(self._read), MmioWriteCallback(lambda *_: None)
-        engine.map_io(_BLOCK_AT, _BLOCK_SIZE, read, write)
+        engine.map_io(VECTOR_PAGE, mmap.PAGESIZE, read, write)
 
     def arm(self) -> None:
         """An interrupt waits: deliver one, as soon as the guest takes it."""
-        self._block.value = _BLOCK_AT  # the guest may have said VMRUN
+        self._block.value = BLOCK  # the guest may have said VMRUN
         self._request.value = _VIRTUAL
         self._count.value = -1  # look before the next block
 
@@ -91,7 +89,7 @@ class Virq:
         self._request.value = 0
 
     def _read(self, _engine: int, offset: int, size: int, _data: int) -> int:
-        if (offset, size) != (_VECTOR_AT, _VECTOR_SIZE):
+        if (offset, size) != _VECTOR:
             return _NOTHING
         self._request.value = 0
         try:

@@ -180,6 +180,7 @@ on_interrupt:
         mov     rax, [rbx + block.is_software]
         cmp     dword [rax], 0
         setne   r13b
+        mov     dword [rax], 0  ; the engine forgets to, and believes it at an intercept
         jne     .deliver
         cmp     r12d, 31
         ja      .deliver
