@@ -2,7 +2,7 @@
 
 The PCI form of the device (1b36:0011; QEMU's docs/specs/pvpanic): BAR 0 is 16 bytes of memory, of
 which byte 0 tells, when it is read, which events the device knows, and is written with those that
-happened. The machine decides whether this device may end the run; its exit value is the events.
+happened. The machine decides whether this device may end the run, and with what status.
 """
 
 from __future__ import annotations

@@ -51,6 +51,11 @@ GUESTS = {
         parameters=("limit", "delay"),
     ),
     "spin": Guest("spin.bin", "computes and touches no device", parameters=("rounds",)),
+    "disk-code": Guest(
+        "disk-code.bin",
+        "executes code that a disk overwrites, virtio or IDE with DMA",
+        parameters=("sectors",),
+    ),
     "multiboot": Guest("multiboot.elf", "Multiboot kernel: shows command line, memory, modules"),
     "elf32": Guest("elf32.elf", "ELF32: checks its segments, bss and entry state"),
     "elf64": Guest("elf64.elf", "ELF64: checks its segments, bss and entry state"),

@@ -9,21 +9,25 @@ import ctypes
 import fcntl
 import mmap
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from proxy_helpers import Recorder
+from taken_over import (
+    Own,
+    TakenOver,
+    Takeover,
+    Verdict,
+    assert_caught,
+    assert_stopped,
+    census,
+    descriptors,
+    takeover,
+)
 
-from devices.bus import ALL_ONES, BusType
-from devices.contract import Device, DeviceHost, Region
-from proxy.device import ProxyDevice
-from proxy.jail import JailMode, policy
-from proxy.jail.escape import ATTEMPTS, Attempt, Targets, bait
-from proxy.warden import Warden
+from devices.contract import DeviceHost
+from proxy.jail.escape import ATTEMPTS, Attempt
 from vmm.memory import GuestMemory
 
 RAM, ROM = 4 << 20, 1 << 20
@@ -34,17 +38,6 @@ def _own_memory(host: DeviceHost) -> tuple[int, int]:
     """Where guest memory is mapped in this process, and its length."""
     window = host.memory.window(0, RAM)
     return ctypes.addressof(ctypes.c_char.from_buffer(window)), RAM
-
-
-def _descriptors(host: DeviceHost) -> str:
-    found = []
-    for fd in range(4096):
-        try:
-            about = os.fstat(fd)
-        except OSError:
-            continue
-        found.append(f"{stat.S_IFMT(about.st_mode):o}:{about.st_dev}:{about.st_ino}")
-    return " ".join(found)
 
 
 def _memory_fd(host: DeviceHost) -> int:
@@ -142,7 +135,7 @@ def _more_of_memory(host: DeviceHost) -> str:
 
 
 OWN = (
-    _descriptors,
+    descriptors,
     _zero_ram,
     _drop_ram,
     _shrink,
@@ -159,116 +152,53 @@ OWN = (
 )
 
 
-class TakenOver(Device):
-    """A read does attempt number `offset`; gives 1 if it got what it wanted."""
-
-    model: ClassVar[str] = "taken-over"
+class Disk(TakenOver):
+    model: ClassVar[str] = "taken-over-disk"
     dma: ClassVar[bool] = True
-    targets: ClassVar[Targets]
-
-    def regions(self) -> tuple[Region, ...]:
-        return (Region("r", BusType.MMIO, 0x1000, 0x1000_0000, synced=True),)
-
-    def read(self, offset: int, size: int) -> int:
-        try:
-            if offset < len(OWN):
-                text = OWN[offset](self.host)
-            else:
-                text = ATTEMPTS[offset - len(OWN)].run(self.targets)
-        except (OSError, ValueError, MemoryError) as error:
-            self.host.log(f"{type(error).__name__}: {error}")
-            return 0
-        for start in range(0, len(text), 1500):
-            self.host.log(text[start : start + 1500])
-        return 1
+    own = OWN
 
 
 class Bench:
     """A machine's memory and file, and devices to be taken over."""
 
-    def __init__(self, warden: Warden, directory: Path) -> None:
-        self.warden = warden
+    def __init__(self, disks: Takeover, directory: Path) -> None:
+        self._disks = disks
         self.path = directory / "disk.img"
         self.path.write_bytes(bytes(2 << 20))
         self.file = os.open(self.path, os.O_RDWR)
         self.memory = GuestMemory(RAM, ROM)
         self.memory.view[RAM : RAM + 4] = b"rom!"
 
-    @contextmanager
-    def device(self) -> Iterator[tuple[ProxyDevice, Recorder]]:
-        events = Recorder()
-        child = self.warden.spawn(
-            *("taken-over", "disk-test", {}),
-            factory=0,
-            fds={"file": self.file},
-            guest_memory=RAM,
-        )
-        ram = self.memory.for_devices()
-        with ProxyDevice(child, events, deadline=20, memory=ram) as device:
-            yield device, events
-
-    def attempt(self, number: int) -> tuple[bool, str, str]:
-        """Whether it got what it wanted, what it said, how it ended."""
-        with self.device() as (device, events):
-            got = device.handlers()[0].read(number, 1)
-            said = "".join(each[1] for each in events.seen if each[0] == "log")
-            failure = str(device.failed or "")
-        assert (got == ALL_ONES[1]) == bool(failure)
-        return got == 1, said, failure
+    def attempt(self, what: Attempt | Own) -> Verdict:
+        return self._disks.attempt(what, {"file": self.file}, guest_memory=self.memory)
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    patch = pytest.MonkeyPatch()
-    patch.setitem(policy._OWN, "disk-test", policy.DISK)
-    with bait() as targets:
-        TakenOver.targets = targets
-        with Warden([TakenOver], jail=JailMode.AUTO) as warden:
-            made = Bench(warden, tmp_path_factory.mktemp("escape"))
-            yield made
-            os.close(made.file)
-            made.memory.close()
-    patch.undo()
+    with takeover(Disk, "blk") as disks:
+        made = Bench(disks, tmp_path_factory.mktemp("escape"))
+        yield made
+        os.close(made.file)
+        made.memory.close()
 
 
-def own(bench: Bench, function: object) -> tuple[bool, str, str]:
-    return bench.attempt(OWN.index(function))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda each: each.name)
-def test_no_way_out_is_open(bench: Bench, attempt: Attempt) -> None:
-    got, said, failure = bench.attempt(len(OWN) + ATTEMPTS.index(attempt))
-    assert not got, said
-    if attempt.calls:
-        assert any(f"forbidden system call '{call}'" in failure for call in attempt.calls), failure
-    else:
-        assert not failure
+@pytest.mark.parametrize("tried", ATTEMPTS, ids=lambda each: each.name)
+def test_no_way_out_is_open(bench: Bench, tried: Attempt) -> None:
+    assert_stopped(tried, bench.attempt(tried))
 
 
 def test_it_has_its_own_descriptors_and_no_others(bench: Bench) -> None:
-    got, said, _ = own(bench, _descriptors)
-    assert got
-    found: dict[str, int] = {}
-    for each in said.split():
-        kind, device, inode = each.split(":")
-        about = (int(device), int(inode))
-        ram, file = os.fstat(bench.memory.fd), os.fstat(bench.file)
-        if about == (ram.st_dev, ram.st_ino):
-            name = "guest memory"
-        elif about == (file.st_dev, file.st_ino):
-            name = "its file"
-        else:
-            name = {"20000": "null", "140000": "tube", "10000": "doorbell"}.get(kind, each)
-        found[name] = found.get(name, 0) + 1
+    verdict = bench.attempt(descriptors)
+    found = census(verdict.said, {"guest memory": bench.memory.fd, "its file": bench.file})
     memory = found.pop("guest memory")
     assert found == {"null": 3, "tube": 1, "doorbell": 1, "its file": 1}
     assert memory == 1, "one for the mapping"
 
 
 @pytest.mark.parametrize("function", [_zero_ram, _drop_ram])
-def test_all_it_can_spoil_is_the_guests(bench: Bench, function: object) -> None:
+def test_all_it_can_spoil_is_the_guests(bench: Bench, function: Own) -> None:
     bench.memory.write(RAM - 8, b"precious")
-    got, said, failure = own(bench, function)
+    got, said, failure = bench.attempt(function)
     assert got, (said, failure)
     assert bench.memory.read(RAM - 8, 8) == (
         bytes([0xAA] * 8) if function is _zero_ram else bytes(8)
@@ -286,19 +216,17 @@ def test_all_it_can_spoil_is_the_guests(bench: Bench, function: object) -> None:
         (_lock_off, "flock"),
     ],
 )
-def test_what_would_harm_the_host_is_caught(bench: Bench, function: object, call: str) -> None:
-    got, said, failure = own(bench, function)
-    assert not got, said
-    assert f"forbidden system call '{call}'" in failure
+def test_what_would_harm_the_host_is_caught(bench: Bench, function: Own, call: str) -> None:
+    assert_caught(bench.attempt(function), call)
     assert os.fstat(bench.memory.fd).st_size == RAM + ROM
     assert os.fstat(bench.file).st_size == 2 << 20
 
 
 @pytest.mark.parametrize("function", [_append, _far_away, _zeros_past_the_end])
-def test_its_file_grows_by_no_byte(bench: Bench, function: object) -> None:
+def test_its_file_grows_by_no_byte(bench: Bench, function: Own) -> None:
     """Else it could fill the host's disk."""
     before = os.fstat(bench.file)
-    got, said, failure = own(bench, function)
+    got, said, failure = bench.attempt(function)
     assert not got, said
     assert "File too large" in said or "not supported" in said, (said, failure)
     assert not failure
@@ -308,16 +236,16 @@ def test_its_file_grows_by_no_byte(bench: Bench, function: object) -> None:
 
 def test_its_file_is_its_own(bench: Bench) -> None:
     bench.memory.write(0, b"good....disk")
-    got, said, failure = own(bench, _use_file)
+    got, said, failure = bench.attempt(_use_file)
     assert got, (said, failure)
     assert said == repr(b"gooddisk")
     for function in (_punch, _zeros_within):
-        got, said, failure = own(bench, function)
+        got, said, failure = bench.attempt(function)
         assert got or (said and not failure), failure  # not every file system has these
 
 
 def test_the_rom_is_not_mapped_but_lies_in_the_same_memory(bench: Bench) -> None:
     """Known and said in ARCHITECTURE.md: the descriptor is of RAM and ROM, both the guest's."""
-    got, said, _ = own(bench, _more_of_memory)
+    got, said, _ = bench.attempt(_more_of_memory)
     assert got
     assert "rom!" in said

@@ -55,6 +55,7 @@ def test_patched_parameters_lie_where_the_sources_say() -> None:
         "stress": {"rounds": 4000},
         "spin": {"rounds": 5000000},
         "counter": {"limit": 0, "delay": 50000000},
+        "disk-code": {"sectors": 32},
     }
     parameters = {n: g.parameters for n, g in guests.GUESTS.items() if g.parameters}
     assert parameters == {name: tuple(values) for name, values in defaults.items()}

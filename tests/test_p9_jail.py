@@ -21,17 +21,17 @@ import pytest
 from jail_tools import NAMESPACE_LAYERS, ORDINARY_UID
 from p9_client import Client, P9Error, close_rigs, local_rig
 from proxy_helpers import Recorder
+from taken_over import Own, TakenOver, Takeover, Verdict, assert_caught, assert_stopped
 from virtio_driver import RAM_SIZE
 
-from devices.bus import BusType
-from devices.contract import Device, DeviceHost, Region
+from devices.contract import DeviceHost
 from devices.errors import DeviceError
 from devices.virtio.p9 import messages as m
 from devices.virtio.p9 import protocol as p
 from devices.virtio.p9.device import P9Options
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode, JailReport, linux, plan_jail
-from proxy.jail.escape import ATTEMPTS, Attempt, Targets, bait
+from proxy.jail.escape import ATTEMPTS, Attempt, bait
 from proxy.warden import Warden
 from vmm.memory import GuestMemory
 
@@ -364,7 +364,7 @@ def _create(host: DeviceHost) -> str:
 
 
 def _outside(host: DeviceHost) -> str:
-    os.close(_openat2(-100, f"{TakenOver.beside}/made", os.O_CREAT | os.O_WRONLY, 0o666))
+    os.close(_openat2(-100, f"{Shared.beside}/made", os.O_CREAT | os.O_WRONLY, 0o666))
     return "made a file outside"
 
 
@@ -379,14 +379,12 @@ def _chmod(host: DeviceHost) -> str:
 
 
 def _links_out(host: DeviceHost) -> str:
-    os.link(
-        f"{TakenOver.beside}/secret", "mine", dst_dir_fd=host.fds["path"], follow_symlinks=False
-    )
+    os.link(f"{Shared.beside}/secret", "mine", dst_dir_fd=host.fds["path"], follow_symlinks=False)
     return _read(host, "mine")
 
 
 def _renames_in(host: DeviceHost) -> str:
-    os.rename(f"{TakenOver.beside}/secret", "mine", dst_dir_fd=host.fds["path"])
+    os.rename(f"{Shared.beside}/secret", "mine", dst_dir_fd=host.fds["path"])
     return _read(host, "mine")
 
 
@@ -411,10 +409,10 @@ def _xattr(host: DeviceHost) -> str:
 
 
 READS: dict[str, Callable[[DeviceHost], str]] = {
-    "absolute": lambda host: _read(host, f"{TakenOver.beside}/secret"),
+    "absolute": lambda host: _read(host, f"{Shared.beside}/secret"),
     "passwd": lambda host: _read(host, "/etc/passwd"),
     "dots": lambda host: _read(host, "../secret"),
-    "many dots": lambda host: _read(host, "../" * 40 + TakenOver.beside[1:] + "/secret"),
+    "many dots": lambda host: _read(host, "../" * 40 + Shared.beside[1:] + "/secret"),
     "from cwd": lambda host: _read(host, "../secret", -100),
     "link": lambda host: _read(host, "out"),
     "absolute link": lambda host: _read(host, "abs"),
@@ -435,34 +433,21 @@ OTHERS = {
     "links out": _links_out,
     "renames in": _renames_in,
 }
-OWN = [*READS.values(), *CHANGES.values(), *(c for c, _ in CAUGHT.values()), *OTHERS.values()]
+OWN: tuple[Own, ...] = (
+    *READS.values(),
+    *CHANGES.values(),
+    *(c for c, _ in CAUGHT.values()),
+    *OTHERS.values(),
+)
 
 
-class TakenOver(Device):
-    """A read does attempt number `offset`; gives 1 if it got what it wanted."""
-
-    model: ClassVar[str] = "taken-over"
+class Shared(TakenOver):
     Options = P9Options
     beside: ClassVar[str] = ""
-    targets: ClassVar[Targets]
+    own = OWN
 
     def __init__(self, host: DeviceHost) -> None:
         super().__init__(host, P9Options("shared", readonly=os.environ["TEST_READONLY"] == "1"))
-
-    def regions(self) -> tuple[Region, ...]:
-        return (Region("r", BusType.MMIO, 0x1000, 0x1000_0000, synced=True),)
-
-    def read(self, offset: int, size: int) -> int:
-        try:
-            if offset < len(OWN):
-                text = OWN[offset](self.host)
-            else:
-                text = ATTEMPTS[offset - len(OWN)].run(self.targets)
-        except (OSError, ValueError, MemoryError) as error:
-            self.host.log(f"{type(error).__name__}: {error}")
-            return 0
-        self.host.log(text[:1500])
-        return 1
 
 
 class Bench:
@@ -472,36 +457,26 @@ class Bench:
         self.plan = plan
         directory.chmod(0o777)
         self.shared = make_shared(directory)
-        TakenOver.beside = str(directory)
+        Shared.beside = str(directory)
         os.environ["TEST_READONLY"] = "1" if readonly else "0"
         self.fd = os.open(self.shared, os.O_RDONLY | os.O_DIRECTORY)
-        without = PLANS[plan]
-        self.warden = Warden([TakenOver], plan=plan_jail(JailMode.AUTO, without=without))
+        self._devices = Takeover(Shared, "9p", plan_jail(JailMode.AUTO, without=PLANS[plan]))
 
-    def attempt(
-        self, number: int | Callable[[DeviceHost], str], meanwhile: Callable[[], None] | None = None
-    ) -> tuple[bool, str, str]:
-        """Whether it got what it wanted, what it said, how it ended."""
-        if not isinstance(number, int):
-            number = OWN.index(number)
+    def attempt(self, what: Attempt | Own, meanwhile: Callable[[], None] | None = None) -> Verdict:
         events = Recorder()
         if meanwhile is not None:
             log = events.log
             events.log = lambda name, text: (log(name, text), meanwhile())  # type: ignore
-        child = self.warden.spawn("taken-over", "9p", {}, factory=0, fds={"path": self.fd})
-        with ProxyDevice(child, events, deadline=20) as device:
-            got = device.handlers()[0].read(number, 1)
-            said = "".join(each[1] for each in events.seen if each[0] == "log")
-            return got == 1, said, str(device.failed or "")
+        return self._devices.attempt(what, {"path": self.fd}, events=events)
 
     def close(self) -> None:
-        self.warden.close()
+        self._devices.close()
         os.close(self.fd)
 
 
 @pytest.fixture(scope="module", params=PLANS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Bench]:
-    with bait() as TakenOver.targets:
+    with bait() as Shared.targets:
         made = Bench(tmp_path_factory.mktemp("escape"), request.param, False)
         yield made
         made.close()
@@ -509,20 +484,15 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Ben
 
 @pytest.fixture(scope="module", params=PLANS)
 def readonly_bench(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Bench]:
-    with bait() as TakenOver.targets:
+    with bait() as Shared.targets:
         made = Bench(tmp_path_factory.mktemp("escape"), request.param, True)
         yield made
         made.close()
 
 
-@pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda each: each.name)
-def test_no_way_out_is_open(bench: Bench, attempt: Attempt) -> None:
-    got, said, failure = bench.attempt(len(OWN) + ATTEMPTS.index(attempt))
-    assert not got, said
-    if attempt.calls:
-        assert any(f"forbidden system call '{call}'" in failure for call in attempt.calls), failure
-    else:
-        assert not failure
+@pytest.mark.parametrize("tried", ATTEMPTS, ids=lambda each: each.name)
+def test_no_way_out_is_open(bench: Bench, tried: Attempt) -> None:
+    assert_stopped(tried, bench.attempt(tried))
 
 
 def test_its_directory_is_its_own(bench: Bench) -> None:
@@ -555,9 +525,7 @@ def test_nothing_outside_can_be_changed(bench: Bench, change: Any) -> None:
 @pytest.mark.parametrize("name", CAUGHT)
 def test_what_no_9p_needs_is_caught(bench: Bench, name: str) -> None:
     function, call = CAUGHT[name]
-    got, said, failure = bench.attempt(function)
-    assert not got, said
-    assert f"forbidden system call '{call}'" in failure
+    assert_caught(bench.attempt(function), call)
 
 
 def test_above_its_directory_is_its_directory_or_nothing(bench: Bench) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 from network_rig import event_loop, run_until
-from proxy_helpers import Recorder, open_descriptors
+from proxy_helpers import open_descriptors
+from taken_over import Own, TakenOver, Takeover, Verdict, assert_caught, assert_stopped, takeover
 
-from devices.bus import BusType
-from devices.contract import Device, Region
+from devices.contract import DeviceHost
 from devices.virtio.vsock.link import Answer, HostSide
-from proxy.device import ProxyDevice
-from proxy.jail import JailMode
-from proxy.jail.escape import ATTEMPTS, Attempt, Targets, bait
-from proxy.warden import Warden
+from proxy.jail.escape import ATTEMPTS, Attempt
 from vmm.events import EventLoop
 from vmm.host_files import HostFileError
 from vmm.network.sockets import SocketsEnd
@@ -213,62 +210,34 @@ def test_who_does_not_take_connections_loses_them(side: Side, path: Path) -> Non
         program.close()
 
 
-class TakenOver(Device):
-    """A read does attempt number `offset`; gives 1 if it got what it wanted."""
+def _connect_elsewhere(host: DeviceHost) -> str:
+    """By what it was given: a stream that it may connect once more, elsewhere."""
+    address = struct.pack("=H108s", socket.AF_UNIX, b"/run/secret")
+    if ctypes.CDLL(None, use_errno=True).connect(host.fds["path"], address, 110):
+        raise OSError(ctypes.get_errno(), "connect")
+    return "connected"
 
-    model: ClassVar[str] = "taken-over"
-    targets: ClassVar[Targets]
 
-    def regions(self) -> tuple[Region, ...]:
-        return (Region("r", BusType.MMIO, 0x1000, 0x1000_0000, synced=True),)
-
-    def read(self, offset: int, size: int) -> int:
-        try:
-            if offset == len(ATTEMPTS):
-                text = self._connect_elsewhere()
-            else:
-                text = ATTEMPTS[offset].run(self.targets)
-        except (OSError, ValueError, MemoryError) as error:
-            self.host.log(f"{type(error).__name__}: {error}")
-            return 0
-        self.host.log(text)
-        return 1
-
-    def _connect_elsewhere(self) -> str:
-        """By what it was given: a stream that it may connect once more, elsewhere."""
-        import ctypes
-
-        address = struct.pack("=H108s", socket.AF_UNIX, b"/run/secret")
-        if ctypes.CDLL(None, use_errno=True).connect(self.host.fds["path"], address, 110):
-            raise OSError(ctypes.get_errno(), "connect")
-        return "connected"
+class Sockets(TakenOver):
+    own = (_connect_elsewhere,)
 
 
 @pytest.fixture(scope="module")
-def warden() -> Iterator[Warden]:
-    with bait() as targets:
-        TakenOver.targets = targets
-        with Warden([TakenOver], jail=JailMode.AUTO) as made:
-            yield made
+def devices() -> Iterator[Takeover]:
+    with takeover(Sockets, "vsock") as made:
+        yield made
 
 
-@pytest.mark.parametrize(
-    "attempt",
-    [*ATTEMPTS, Attempt("connect elsewhere", "", lambda _: "", ("connect",))],
-    ids=lambda each: each.name,
-)
-def test_no_way_out_is_open(warden: Warden, attempt: Attempt) -> None:
-    number = ATTEMPTS.index(attempt) if attempt in ATTEMPTS else len(ATTEMPTS)
+def attempt(devices: Takeover, what: Attempt | Own) -> Verdict:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    events = Recorder()
     with ours, theirs:
-        fds: dict[str, Any] = {"path": theirs.fileno()}
-        child = warden.spawn("taken-over", "vsock", {}, factory=0, fds=fds)
-        with ProxyDevice(child, events, deadline=20) as device:
-            got = device.handlers()[0].read(number, 1)
-            failure = str(device.failed or "")
-    assert got != 1, events.seen
-    if attempt.calls:
-        assert any(f"forbidden system call '{call}'" in failure for call in attempt.calls), failure
-    else:
-        assert not failure
+        return devices.attempt(what, {"path": theirs.fileno()})
+
+
+@pytest.mark.parametrize("tried", ATTEMPTS, ids=lambda each: each.name)
+def test_no_way_out_is_open(devices: Takeover, tried: Attempt) -> None:
+    assert_stopped(tried, attempt(devices, tried))
+
+
+def test_it_connects_nothing_itself(devices: Takeover) -> None:
+    assert_caught(attempt(devices, _connect_elsewhere), "connect")

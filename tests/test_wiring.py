@@ -28,7 +28,7 @@ class Board:
         self.wiring = Wiring(
             cast(Cpu, None),
             attention=lambda: None,
-            guest_exit=lambda value: None,
+            guest_exit=lambda model, value: None,
             device_failed=self.failures.append,
         )
         self.levels: dict[int, bool] = {}

@@ -32,6 +32,7 @@ from devices.virtio.granted import AREA_LIMIT
 from devices.virtio.net import Net
 from devices.virtio.p9.device import P9
 from devices.virtio.rng import Rng
+from devices.virtio.vsock.device import Vsock
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
@@ -40,7 +41,7 @@ from vmm.granted_proxy import GrantedProxy
 from vmm.memory import GuestMemory
 
 MODELS: dict[str, type[Device]] = {
-    kind.model: kind for kind in (VirtioEcho, Blk, Rng, Console, Balloon, Net, P9)
+    kind.model: kind for kind in (VirtioEcho, Blk, Rng, Console, Balloon, Net, P9, Vsock)
 }
 _OWN = [VirtioEcho]
 """Those that the registry does not know."""
@@ -282,9 +283,9 @@ class Place:
         self._files.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
         return self._files[-1]
 
-    def cable(self) -> tuple[int, socket.socket]:
+    def cable(self, kind: int = socket.SOCK_STREAM) -> tuple[int, socket.socket]:
         """One end of a stream, and the other; both are closed at the end of the test."""
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        here, there = socket.socketpair(socket.AF_UNIX, kind)
         here.setblocking(False)
         there.settimeout(20)
         self._sockets += [here, there]

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -21,8 +23,20 @@ from devices.virtio import balloon, blk, console
 from devices.virtio.p9 import messages as p9
 from devices.virtio.p9.codec import encode
 from devices.virtio.p9.protocol import NO_FID, VERSION
+from devices.virtio.vsock import device as vsock
+from devices.virtio.vsock import link
+from devices.virtio.vsock.packet import (
+    HEADER_SIZE,
+    HOST_CID,
+    NO_MORE_RECEIVED,
+    NO_MORE_SENT,
+    STREAM,
+    Header,
+    Op,
+)
 
 PATIENCE = 20.0
+CID = 5
 PAGE = balloon.PAGE
 
 
@@ -37,7 +51,10 @@ class World:
             self.files["path"] = place.directory()
         elif model == "net":
             self.files["link"], self.cable = place.cable()
+        elif model == "vsock":
+            self.files["path"], self.cable = place.cable(socket.SOCK_SEQPACKET)
         given = {**dict.fromkeys(self.files, "file"), **SESSIONS[model].options, **options}
+        self.restores = 0
         self.rig = place.make(model, given, self.files, finish_work=finish_work)
         self.driver = Driver(self.rig)
         self.ram = self.rig.ram
@@ -62,6 +79,11 @@ class World:
             self.rig.settle()
             if not self.driver.queues[queue].collect():
                 self.rig.wait()
+
+    def restore(self) -> None:
+        """Another device goes on."""
+        self.rig.replace(self.rig.snapshot())
+        self.restores += 1
 
     def content(self, name: str) -> bytes:
         return os.pread(self.files[name], 1 << 20, 0)
@@ -195,6 +217,158 @@ def _p9(world: World) -> Iterator[Any]:
         yield file.read()
 
 
+class _Sockets:
+    """Both ends of a socket device: the guest's driver, and the machine with its programs."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._restores = 0
+        self._event: Request | None = None
+        self.want_event()
+
+    def want_event(self) -> None:
+        self._event = self.world.driver.queues[vsock.EVENT].send([], [4])
+
+    def told_of_reset(self) -> bool:
+        """Whether an event told the driver that all connections are gone (5.10.6.7): it must have
+        if the machine was restored since, and else not."""
+        self.world.driver.queues[vsock.EVENT].collect()
+        restored, self._restores = self.world.restores > self._restores, self.world.restores
+        assert self._event is not None
+        assert (self._event.length == 4) == restored
+        if restored:
+            assert self._event.data(self.world.ram) == bytes(4), "TRANSPORT_RESET"
+            self.want_event()
+        return restored
+
+    def say(self, op: Op, guest: int, host: int, data: bytes = b"", flags: int = 0) -> None:
+        header = Header(CID, HOST_CID, guest, host, len(data), STREAM, op, flags, 1 << 16, 0)
+        self.world.ask(vsock.TX, [header.pack(), *([data] if data else [])])
+
+    def hear(self) -> tuple[Header, bytes]:
+        request = self.world.driver.queues[vsock.RX].send([], [HEADER_SIZE + 100])
+        self.world.finish(vsock.RX, request)
+        data = request.written(self.world.ram)
+        return Header.unpack(data[:HEADER_SIZE]), data[HEADER_SIZE:]
+
+    def hears(self) -> tuple[str, bytes]:
+        header, data = self.hear()
+        return Op(header.op).name, data
+
+    def hand_over(self, message: bytes = link.CONNECTED) -> socket.socket:
+        """Give the device one end of a stream; the program's end."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.settimeout(PATIENCE)
+        with theirs:
+            theirs.setblocking(False)
+            socket.send_fds(self.world.cable, [message], [theirs.fileno()])
+        return ours
+
+    def asked(self, guest: int) -> None:
+        """The guest wants to connect, and the machine hears of it."""
+        self.say(Op.REQUEST, guest, 80)
+        assert link.asked_port(self.world.cable.recv(100)) == 80
+
+    def connected(self, guest: int) -> socket.socket:
+        self.asked(guest)
+        program = self.hand_over()
+        assert self.hears() == ("RESPONSE", b"")
+        return program
+
+    def visited(self, guest: int) -> tuple[socket.socket, int]:
+        """A program of the host wants to connect; the device's port is its own choice."""
+        program = self.hand_over(link.VISITED)
+        program.sendall(b"CONNECT %d\n" % guest)
+        header, _ = self.hear()
+        assert (header.op, header.dst_port) == (Op.REQUEST, guest)
+        return program, header.src_port
+
+    def works(self, program: socket.socket, guest: int, host: int = 80) -> tuple[Any, ...]:
+        """Bytes both ways, and the end, which the program begins."""
+        with program:
+            self.say(Op.RW, guest, host, b"of the guest")
+            seen = [program.recv(100)]
+            program.sendall(b"of the host")
+            seen.append(self.hears())  # type: ignore[arg-type]
+        both = NO_MORE_RECEIVED | NO_MORE_SENT
+        seen.append(self.hears())  # type: ignore[arg-type]
+        self.say(Op.SHUTDOWN, guest, host, flags=both)
+        return (*seen, self.hears())
+
+    def is_gone(self, program: socket.socket, guest: int, host: int = 80) -> bool:
+        """Both ends find nobody there: the guest by an RST, the program by the end."""
+        with program:
+            self.say(Op.RW, guest, host, b"is anybody there?")
+            assert self.hears() == ("RST", b"")
+            while not select.select([program], [], [], 0)[0]:
+                self.world.rig.wait()  # the device may not have heard yet what came too late
+            with suppress(ConnectionResetError):  # if the device left something unread
+                return program.recv(100) == b""
+            return True
+
+
+def _vsock(world: World) -> Iterator[Any]:
+    """A restore ends every connection and says so; what is begun after it works."""
+    sockets = _Sockets(world)
+    yield world.driver.config(0, 8)
+    for guest in (1000, 1001):
+        yield sockets.works(sockets.connected(guest), guest)
+        program, host = sockets.visited(77)
+        sockets.say(Op.RESPONSE, 77, host)
+        program.recv(100)
+        yield sockets.works(program, 77, host)
+    sockets.asked(1000)
+    world.cable.send(link.answer(OSError())[0][0])
+    yield sockets.hears()
+    sockets.told_of_reset()
+
+    # Across a restore, at each point of a connection's life.
+    sockets.asked(1)
+    yield "asked for"
+    gone = sockets.told_of_reset()
+    program = sockets.hand_over()
+    if gone:
+        assert sockets.is_gone(program, 1)
+    else:
+        assert sockets.hears() == ("RESPONSE", b"")
+        sockets.works(program, 1)
+    program, host = sockets.visited(77)
+    yield "offered"
+    if sockets.told_of_reset():
+        assert sockets.is_gone(program, 77, host)
+    else:
+        sockets.say(Op.RESPONSE, 77, host)
+        assert program.recv(100) == b"OK %d\n" % host
+        sockets.works(program, 77, host)
+    program = sockets.connected(2)
+    yield "open"
+    if sockets.told_of_reset():
+        assert sockets.is_gone(program, 2)
+    else:
+        sockets.works(program, 2)
+    program = sockets.connected(3)
+    program.sendall(b"nobody has taken this yet")
+    yield "with data on its way to the guest"
+    if sockets.told_of_reset():
+        assert sockets.is_gone(program, 3)
+    else:
+        assert sockets.hears() == ("RW", b"nobody has taken this yet")
+        sockets.works(program, 3)
+    program = sockets.connected(4)
+    sockets.say(Op.SHUTDOWN, 4, 80, flags=NO_MORE_SENT)
+    yield program.recv(100) == b"", "half closed"
+    if sockets.told_of_reset():
+        assert sockets.is_gone(program, 4)
+    else:
+        program.sendall(b"one way")
+        assert sockets.hears() == ("RW", b"one way")
+        program.close()
+        assert sockets.hears()[0] in ("SHUTDOWN", "RST")
+    yield world.driver.config(0, 8)
+    sockets.told_of_reset()
+    yield sockets.works(sockets.connected(1), 1)
+
+
 @dataclass(frozen=True)
 class Session:
     """Of one model.
@@ -218,5 +392,6 @@ SESSIONS: dict[str, Session] = {
     "console": Session(_console, (console.TX0, [b"alive"], []), {}, ("log",)),
     "balloon": Session(_balloon, (balloon.DEFLATE, [bytes(4)], []), {"pages": 9}),
     "net": Session(_net, (1, [bytes(12), bytes(60)], []), {"link": "user"}),
+    "vsock": Session(_vsock, (vsock.TX, [bytes(HEADER_SIZE)], []), {"cid": CID}),
     "9p": Session(_p9, (0, [encode(p9.Version(8192, VERSION), 1)], [21]), {}),
 }

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from devices.errors import UserError
 from proxy.jail import JailMode
 from proxy.shape import ISA_LINES
+from vmm.outcome import ENDS_THE_RUN
 from vmm.places import Place
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
@@ -274,7 +275,7 @@ def device_from(
         own,
         isolated=isolation == "jail",
         slot=slot,
-        may_exit=model == "debug-exit",
+        may_exit=model in ENDS_THE_RUN,
         dma=dma,
         **general,
     )

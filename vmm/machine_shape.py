@@ -23,6 +23,7 @@ from vmm.config import (
 )
 from vmm.console import ConsoleBuffer
 from vmm.local import DeviceFactory
+from vmm.outcome import ENDS_THE_RUN
 from vmm.parts import Parts
 
 
@@ -79,7 +80,7 @@ class MachineShape:
         addr: int | None = None,
         irq: int | None = None,
         slot: int | str | None = None,
-        may_exit: bool = False,
+        may_exit: bool | None = None,
         dma: DmaMode = DmaMode.SHARED,
         **options: Any,
     ) -> str:
@@ -89,7 +90,8 @@ class MachineShape:
             model: a model's name, a `Device` subclass of your own, or a function that makes a
                 device from its `DeviceHost` (it runs in the device's process).
             isolated: False keeps the device in the machine's process.
-            addr, irq, slot, may_exit, dma: see `DeviceConfig`.
+            addr, irq, slot, dma: see `DeviceConfig`.
+            may_exit: whether its exit requests are obeyed; None: if that is what the model is for.
             options: the model's own.
 
         Returns:
@@ -103,6 +105,8 @@ class MachineShape:
         text, factory = sources.model_and_factory(model, options)
         if name is None:
             name = sources.free_name(text, {device.name for device in self.config.devices})
+        if may_exit is None:
+            may_exit = text in ENDS_THE_RUN
         device = DeviceConfig(name, text, options, isolated, addr, irq, slot, may_exit, dma)
         self.config = replace(self.config, devices=(*self.config.devices, device))
         if factory is not None:

@@ -23,6 +23,8 @@ class Ending(enum.StrEnum):
     """The guest asked for a reset (keyboard controller, port 0x92 or 0xCF9, INIT)."""
     GUEST_EXIT = "guest-exit"
     """The guest wrote to the debug-exit port."""
+    PANICKED = "panicked"
+    """The guest's kernel said by pvpanic that it gave up."""
     CRASHED = "crashed"
     """Triple fault, or something that the CPU cannot go on from."""
     DEVICE_FAILED = "device-failed"
@@ -47,6 +49,7 @@ class ExitStatus(enum.IntEnum):
     TIMEOUT = 8
     JAIL = 10
     RESET = 12
+    PANIC = 14
     INTERRUPTED = 130
 
 
@@ -54,6 +57,7 @@ _STATUS = {
     Ending.HALTED: ExitStatus.OK,
     Ending.POWERED_OFF: ExitStatus.OK,
     Ending.RESET: ExitStatus.RESET,
+    Ending.PANICKED: ExitStatus.PANIC,
     Ending.CRASHED: ExitStatus.CRASH,
     Ending.DEVICE_FAILED: ExitStatus.DEVICE,
     Ending.TIMEOUT: ExitStatus.TIMEOUT,
@@ -63,10 +67,15 @@ _STATUS = {
 }
 
 
+ENDS_THE_RUN = {"debug-exit": Ending.GUEST_EXIT, "pvpanic": Ending.PANICKED}
+"""Models that are there to end the run, and how it ended when they did."""
+
 _PANIC = re.compile(rb"(?<!end )Kernel panic - not syncing: ([^\r\n]*)")
 _PANIC_REACH = 64 << 10
 """Bytes at the end of the console's output in which Linux's last words are looked for."""
-_PANIC_ENDS = frozenset((Ending.RESET, Ending.CRASHED, Ending.TIMEOUT, Ending.HALTED))
+_PANIC_ENDS = frozenset(
+    (Ending.PANICKED, Ending.RESET, Ending.CRASHED, Ending.TIMEOUT, Ending.HALTED)
+)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from vmm.host_files import HostFiles
 from vmm.local import DeviceFactory, LocalHost, LocalTurns, build_local
 from vmm.memory import GuestMemory
 from vmm.network.links import Links
-from vmm.outcome import Ending, Outcome
+from vmm.outcome import ENDS_THE_RUN, Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE, Board, BoardEvents
 from vmm.plugging import plug_in
 from vmm.turns import TurnGiver
@@ -286,8 +286,10 @@ class Parts:
         self.cpu.kick()
         self.events.interrupt()
 
-    def _guest_exit(self, value: int) -> None:
-        self._guest_ends(Outcome(Ending.GUEST_EXIT, guest_value=value))
+    def _guest_exit(self, model: str, value: int) -> None:
+        ending = ENDS_THE_RUN.get(model, Ending.GUEST_EXIT)
+        of_the_guest = ending is Ending.GUEST_EXIT
+        self._guest_ends(Outcome(ending, guest_value=value if of_the_guest else None))
 
     def _guest_ends(self, outcome: Outcome) -> None:
         # The CPU stops at the end of the block; what the guest still does there goes nowhere.

@@ -30,7 +30,7 @@ class Wiring:
         consoles: by device name; what a device without one prints is kept nowhere.
         turn_wanted: called with the name of a device that asks for a turn.
         attention: asks the vCPU loop to come back and look (see `VcpuLoop.attention`).
-        guest_exit: called with the value when a device that may do so ends the run.
+        guest_exit: called with model and value when a device that may do so ends the run.
         device_failed: called once for each failure.
         log_sink: where log lines of devices go, as they come; a new one is told first what nobody
             was there to hear.
@@ -43,7 +43,7 @@ class Wiring:
 
     cpu: Cpu
     attention: Callable[[], None]
-    guest_exit: Callable[[int], None]
+    guest_exit: Callable[[str, int], None]
     device_failed: Callable[[DeviceFailure], None]
     turn_wanted: Callable[[str], None] = lambda name: None
     consoles: dict[str, ConsoleBuffer] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class Wiring:
     def exit_request(self, name: str, value: int) -> None:
         attachment = self.attached.get(name)
         if attachment is not None and attachment.config.may_exit:
-            self.guest_exit(value)
+            self.guest_exit(attachment.config.model, value)
         else:
             self.log(name, f"asked to end the run ({value}); it has no right to")
 

@@ -28,6 +28,7 @@ exit status:
   8     --timeout ran out
   10    this host cannot provide the jail that was asked for
   12    the guest asked for a reset
+  14    the guest's kernel panicked, as pvpanic was told
   130   Ctrl-C, SIGTERM, SIGHUP"""
 
 
