@@ -14,7 +14,7 @@ from devices.clock import NS
 from devices.platform.hpet import Hpet
 from devices.platform.pit import Pit
 from devices.platform.rtc import Rtc
-from vmm.clock import NO_ALARM_BUDGET, NS_PER_BYTE, AlarmHeap, RealClock, VirtualClock
+from vmm.clock import NO_ALARM_BUDGET, NS_PER_BYTE, PATIENCE, AlarmHeap, RealClock, VirtualClock
 from vmm.events import FAR, EventLoop
 
 # The heap.
@@ -92,7 +92,7 @@ def host() -> Host:
 
 @pytest.fixture
 def real(host: Host) -> RealClock:
-    return RealClock(host.note, host.now)
+    return RealClock(host.note, host_ns=host.now)
 
 
 def test_real_time_passes_only_while_it_runs(host: Host, real: RealClock) -> None:
@@ -153,6 +153,90 @@ def test_only_an_earlier_alarm_disturbs_the_watcher(host: Host, real: RealClock)
     assert host.replanned == 2
     assert not real.run_due()
     assert real.host_due() == pytest.approx(5000 + 1000e-9, abs=1e-9)
+
+
+def test_time_waits_for_an_alarm_that_is_late(host: Host) -> None:
+    overdue: list[int] = []
+    real = RealClock(host.note, lambda: overdue.append(1), host.now)
+    real.resume()
+    real.call_at(NS, lambda: None)
+    host.ns += NS + PATIENCE
+    assert real.now() == NS + PATIENCE
+    assert not overdue
+    host.ns += 100_000_000
+    assert real.now() == NS + PATIENCE, "nobody sees time pass"
+    assert overdue
+    assert real.run_due()
+    assert real.now() == NS + PATIENCE
+    host.ns += 50_000_000
+    assert real.now() == NS + PATIENCE + 2 * 50_000_000, "it catches up"
+    host.ns += 60_000_000
+    assert real.now() == NS + PATIENCE + 160_000_000 + 50_000_000, "and has caught up"
+    host.ns += 5
+    assert real.now() == NS + PATIENCE + 210_000_005
+
+
+def test_a_periodic_timer_loses_nothing_while_the_host_stands_still(host: Host) -> None:
+    """Linux wants five ticks of 4 ms in 160 ms by the time-stamp counter, or panics."""
+    real = RealClock(host.note, host_ns=host.now)
+    real.resume()
+    rang: list[int] = []
+
+    def tick(due: int) -> None:
+        rang.append(real.now())
+        real.call_at(due + 4_000_000, lambda: tick(due + 4_000_000))
+
+    real.call_at(4_000_000, lambda: tick(4_000_000))
+    host.ns += 170_000_000
+    for _ in range(101):
+        host.ns = max(host.ns, round(real.host_due() * NS))
+        real.run_due()
+    assert len(rang) == 101
+    assert all(4_000_000 * n <= at <= 4_000_000 * n + PATIENCE for n, at in enumerate(rang, 1))
+    assert host.ns - 5_000 * NS == pytest.approx(404_000_000, abs=PATIENCE), "it has caught up"
+
+
+def test_a_host_that_stood_still_for_long_is_not_caught_up_with(
+    host: Host, real: RealClock
+) -> None:
+    real.resume()
+    real.call_at(0, lambda: None)
+    host.ns += 3600 * NS
+    assert real.run_due()
+    assert real.now() == 3599 * NS
+    host.ns += NS
+    assert real.now() == 3601 * NS
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["pass", "run", "plan", "read", "pause"]), st.integers(0, 3))
+    )
+)
+def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]) -> None:
+    host = Host()
+    real = RealClock(host.note, host_ns=host.now)
+    real.resume()
+    began, seen = host.ns, 0
+    for what, size in plan:
+        match what:
+            case "pass":
+                host.ns += 17 * 30 ** (2 * size)
+            case "run":
+                real.run_due()
+                due = real.next_alarm()
+                if due is not None:
+                    assert real.host_due() <= max(host.ns, due - real.now() + host.ns) / NS + 1e-6
+            case "plan":
+                real.call_at(seen + 19 * 30 ** (2 * size), lambda: None)
+            case "pause":
+                real.pause()
+                real.resume()
+        now = real.now()
+        assert seen <= now <= host.ns - began
+        due = real.next_alarm()
+        assert due is None or now <= max(due + PATIENCE, seen)
+        seen = now
 
 
 def test_real_clock_with_the_event_loop() -> None:

@@ -31,6 +31,13 @@ NS_PER_BYTE = 1
 """Virtual nanoseconds that a byte of executed code takes: about the speed of the engine."""
 NO_ALARM_BUDGET = 1 << 32
 """Bytes of code to run while no alarm is planned."""
+PATIENCE = 500_000
+"""Nanoseconds by which an alarm is late before guest time waits for it."""
+CATCH_UP = 2
+"""Guest time that lags passes so many times as fast as the host's."""
+LONGEST_LAG = NS
+"""Nanoseconds that guest time lags behind, at most."""
+NEVER = 1 << 63
 _COMPACT = 64
 
 
@@ -132,30 +139,68 @@ class RealClock:
 
     It is made paused, at guest time 0.
 
+    The host may be too busy to let an alarm ring in time, and a guest that saw its clock run on
+    would miss the interrupts that belong to that time: Linux gives up a timer that ticks less than
+    five times in 160 ms, and a time-stamp counter that disagrees with others. So guest time waits:
+    nobody sees it pass an alarm by more than `PATIENCE` before that has rung. Then it lags behind
+    the host, and passes `CATCH_UP` times as fast until it does no more. What a host that stood
+    still for longer than `LONGEST_LAG` took beyond that is skipped.
+
     Args:
         replanned: called when `host_due` has become earlier (`EventLoop.replanned`).
+        overdue: called when somebody would see time pass an alarm: it is late to let it ring.
         host_ns: the host's clock, in nanoseconds.
     """
 
     def __init__(
-        self, replanned: Callable[[], None], host_ns: Callable[[], int] = monotonic_ns
+        self,
+        replanned: Callable[[], None],
+        overdue: Callable[[], None] = lambda: None,
+        host_ns: Callable[[], int] = monotonic_ns,
     ) -> None:
         self._replanned = replanned
+        self._overdue = overdue
         self._host_ns = host_ns
         self._alarms = AlarmHeap()
         self._offset: int | None = None
-        """Guest time less host time; None while paused."""
+        """Guest time less host time, when it does not lag; None while paused."""
+        self._lags_since: tuple[int, int] | None = None
+        """Host and guest time from which on it catches up."""
+        self._plain_until = 0
+        """Up to here guest time is host time and the offset, nothing else."""
         self._stopped_at = 0
         self._host_due = FAR
 
     def now(self) -> int:
         offset = self._offset
-        return self._stopped_at if offset is None else self._host_ns() + offset
+        if offset is None:
+            return self._stopped_at
+        now = self._host_ns() + offset
+        return now if now <= self._plain_until else self._held_back(now - offset, offset)
+
+    def _held_back(self, host: int, offset: int) -> int:
+        now = self._catching_up(host, offset)
+        due = self._alarms.next()
+        if due is None or now <= due + PATIENCE:
+            if now == host + offset:
+                self._lags_since = None
+            self._look_ahead()
+            return now
+        self._overdue()
+        return due + PATIENCE
+
+    def _catching_up(self, host: int, offset: int) -> int:
+        now = host + offset
+        if self._lags_since is not None:
+            since_host, since_guest = self._lags_since
+            now = min(now, since_guest + (host - since_host) * CATCH_UP)
+        return now
 
     def call_at(self, when: int, callback: Callable[[], None]) -> Alarm:
         alarm = self._alarms.add(when, callback)
         if self._offset is not None:
-            due = (when - self._offset) / NS
+            self._plain_until = min(self._plain_until, when + PATIENCE)
+            due = self._host_time(when, self._offset)
             if due < self._host_due:
                 self._host_due = due
                 self._replanned()
@@ -170,13 +215,20 @@ class RealClock:
 
     def run_due(self) -> bool:
         """Let the alarms ring that are due; none while paused."""
-        if self._offset is None:
+        offset = self._offset
+        if offset is None:
             return False
         due = self._alarms.next()
         ran = False
         if due is not None:
-            now = self.now()
-            ran = due <= now and self._alarms.run(now)
+            host = self._host_ns()
+            now = min(self._catching_up(host, offset), due + PATIENCE)
+            if now >= due:
+                lag = host + offset - now
+                if lag > LONGEST_LAG:
+                    now += lag - LONGEST_LAG
+                self._lags_since = (host, now) if lag > 0 else None
+                ran = self._alarms.run(now)
         self._look_ahead()
         return ran
 
@@ -188,9 +240,10 @@ class RealClock:
         return False
 
     def pause(self) -> None:
+        """Time that it lags is lost, too."""
         if self._offset is not None:
             self._stopped_at = self.now()
-            self._offset = None
+            self._offset = self._lags_since = None
             self._look_ahead()
 
     def resume(self) -> None:
@@ -209,12 +262,24 @@ class RealClock:
     def snapshot(self) -> ClockState:
         return ClockState(self.now())
 
+    def _host_time(self, when: int, offset: int) -> float:
+        """When guest time is `when`, in seconds of the host."""
+        host = when - offset
+        if self._lags_since is not None:
+            since_host, since_guest = self._lags_since
+            host = max(host, since_host - (since_guest - when) // CATCH_UP)
+        return host / NS
+
     def _look_ahead(self) -> None:
-        due = self._alarms.next()
-        if due is None or self._offset is None:
+        due, offset = self._alarms.next(), self._offset
+        if offset is None:
             self._host_due = FAR
+            return
+        self._host_due = FAR if due is None else self._host_time(due, offset)
+        if self._lags_since is not None:
+            self._plain_until = 0
         else:
-            self._host_due = (due - self._offset) / NS
+            self._plain_until = NEVER if due is None else due + PATIENCE
 
 
 class VirtualClock:

@@ -151,7 +151,7 @@ class Parts:
         if self.config.clock is ClockKind.VIRTUAL:
             self.clock = VirtualClock(lambda: self.cpu.executed, self.cpu.kick)
         else:
-            self.clock = RealClock(self.events.replanned)
+            self.clock = RealClock(self.events.replanned, self.cpu.kick)
             epoch = int(time())
         self.events.guest_due = self.clock.host_due
         self.consoles = {CONSOLE: self.console, DEBUG_CONSOLE: ConsoleBuffer()}
