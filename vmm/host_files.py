@@ -125,7 +125,8 @@ class HostFiles:
                     where = f"device '{device.name}': {option.replace('_', '-')}={path}"
                     flags = _flags(file, options)
                     name = f"{device.name}.{option}"
-                    with self.naming_snapshot():
+                    movable = device.name if file.directory or file.output else ""
+                    with self.naming_snapshot(movable):
                         opened[option] = self._open(name, path, file, flags, where)
                     if file.directory and device.isolated and os.geteuid() == 0:
                         _check_rights(opened[option], file.may_write(options), where)
@@ -137,14 +138,16 @@ class HostFiles:
         return opened
 
     @contextlib.contextmanager
-    def naming_snapshot(self) -> Iterator[None]:
-        """What cannot be had in here is missed by the snapshot, if the machine is from one."""
+    def naming_snapshot(self, movable: str = "") -> Iterator[None]:
+        """What cannot be had in here is missed by the snapshot, if the machine is from one; the
+        device `movable` may have something else instead."""
         try:
             yield
         except HostFileError as error:
             if self._saved is None:
                 raise
-            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
+            mend = movable and f"; restore --device {movable},OPTION=VALUE gives another place"
+            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}{mend}") from error
 
     def hold(self, device: str, option: str, fd: int, writable: bool = True) -> None:
         """Note that a device has this descriptor."""
@@ -153,8 +156,9 @@ class HostFiles:
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
         if file.directory or file.output:
             fd = _open(path, file, flags, where)
-            if file.output and self._saved is None:  # a restored machine goes on with it
-                _empty(fd)
+            begins = file.output and self._saved is None  # a restored machine goes on with it
+            if begins and stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, 0)
             return fd
         used = _Used(name, path, -1, flags & os.O_ACCMODE != os.O_RDONLY)
         record = None
@@ -294,11 +298,6 @@ def _open(path: str, file: HostFile, flags: int, where: str) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _empty(fd: int) -> None:
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        os.ftruncate(fd, 0)
 
 
 def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:

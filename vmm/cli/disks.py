@@ -13,12 +13,13 @@ from typing import Any
 
 from devices.errors import UserError
 from vmm.cli.machine_file import Table
-from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
+from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from, split_options
 
 VIRTIO, IDE = "virtio", "ide"
 INTERFACES = (VIRTIO, IDE)
 DRIVES = 4
 """Of the ATA controller: two channels with two drives each."""
+_COMMAS = " (the name of a file with a comma has its place in a machine file, see --config)"
 _OF_BOTH = ("file", "if", "readonly", "serial")
 _OF_VIRTIO = ("queues", "direct", *OF_ANY_FUNCTION)
 
@@ -100,26 +101,15 @@ def _free(base: str, taken: Sequence[str]) -> str:
 
 def _parse(given: str | Table) -> Disk:
     if isinstance(given, str):
-        return _checked(Disk(f"--disk {given}", None, "", _options(given)))
+        where = f"--disk {given}"
+        try:
+            file, options = split_options(given, alone="readonly")
+        except UserError as error:
+            raise UserError(f"{where}: {error}{_COMMAS}") from error
+        if "file" in options:
+            raise UserError(f"{where}: option 'file' is given twice")
+        return _checked(Disk(where, None, "", {"file": file, **options}))
     return _checked(Disk("", given, "", dict(given.values)))
-
-
-def _options(text: str) -> dict[str, Any]:
-    file, *pairs = text.split(",")
-    options: dict[str, Any] = {"file": file}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if key == "readonly" and not equals:
-            value, equals = "true", "="
-        if not key or not equals:
-            raise UserError(
-                f"--disk {text}: '{pair}' is not option=value (the name of a file with a comma "
-                "has its place in a machine file, see --config)"
-            )
-        if key in options:
-            raise UserError(f"--disk {text}: option '{key}' is given twice")
-        options[key] = value
-    return options
 
 
 def _checked(disk: Disk) -> Disk:

@@ -11,7 +11,7 @@ from typing import Any
 
 from devices.errors import UserError
 from vmm.cli.machine_file import Table
-from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
+from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from, split_options
 
 NONE = "none"
 OPTIONS = ("link", "forward", "mac", *OF_ANY_FUNCTION)
@@ -66,18 +66,10 @@ def _options(given: str | Table) -> dict[str, Any]:
         if isinstance(forward, list):
             values = {**values, "forward": "+".join(map(str, forward))}
         return dict(values)
-    link, *pairs = given.split(",")
-    options = {"link": link}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise UserError(f"'{pair}' is not option=value")
-        if key == "forward" and key in options:
-            value = f"{options[key]}+{value}"
-        elif key in options:
-            raise UserError(f"option '{key}' is given twice")
-        options[key] = value
-    return options
+    link, options = split_options(given, several="forward")
+    if "link" in options:
+        raise UserError("option 'link' is given twice")
+    return {"link": link, **options}
 
 
 def _own_address() -> str:

@@ -179,6 +179,15 @@ def add_restore(commands: Any) -> None:
         help="private: on copies of the disks as they were, which end with the run; original: go "
         "on with the files themselves, if nobody wrote to them since (default: private)",
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME,OPTION=VALUE[,...]",
+        action="append",
+        default=[],
+        help="another place on this host for the device of this name, beside a machine that has "
+        "the old one: path= of a vsock, disk or 9p, link= and forward= of a network card, log= of "
+        "a console; may be repeated",
+    )
     _add_run_options(parser)
     parser.set_defaults(run=_restore)
 

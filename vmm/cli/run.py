@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 from devices.errors import UserError
 from proxy.jail import JailMode
@@ -27,6 +28,7 @@ from vmm.config import (
     device_from,
     parse_device,
     parse_size,
+    split_options,
 )
 from vmm.machine import Machine
 
@@ -94,9 +96,23 @@ def restore(args: argparse.Namespace) -> int:
         host=_host_options(args),
         models=args.allow_model,
         disks=args.disks,
+        places=_places(args.device),
         progress=disk_progress(_say_nothing if args.json else _say),
     ) as machine:
         return Session(machine, args, plan).run()
+
+
+def _places(given: list[str]) -> dict[str, dict[str, Any]]:
+    places: dict[str, dict[str, Any]] = {}
+    for text in given:
+        try:
+            name, options = split_options(text, several="forward")
+        except UserError as error:
+            raise UserError(f"--device {text}: {error}") from error
+        if not options:
+            raise UserError(f"--device {text}: write NAME,OPTION=VALUE: a device of the snapshot")
+        places[name] = places.get(name, {}) | options
+    return places
 
 
 def _say(text: str) -> None:
