@@ -152,7 +152,9 @@ class MachineConfig:
         seen: set[str] = set()
         for device in self.devices:
             if device.name in seen:
-                raise UserError(f"two devices are named '{device.name}'; give one a name=")
+                raise UserError(
+                    f"device '{device.name}': another one has this name; give one of them a name="
+                )
             seen.add(device.name)
 
 
