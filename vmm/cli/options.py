@@ -13,7 +13,8 @@ the image is a Linux kernel (bzImage or vmlinux), a Multiboot 1 kernel, an ELF e
 bits), a boot sector, a flat binary, or the name of a built-in guest (python -m vmm guests); without
 one the built-in default guest boots.
 
-on a terminal, Ctrl-A h shows the escape menu: quit, suspend, snapshot, status.
+on a terminal, Ctrl-A h shows the escape menu: quit, suspend, snapshot, status,
+the size of a balloon.
 
 examples:
   python -m vmm boot
