@@ -59,6 +59,22 @@ class HostLink:
     kind: Literal["network", "sockets"] = "network"
 
 
+@dataclass(frozen=True)
+class HostDetail:
+    """The option says more of what another one names: it is the host's, too, and nothing that the
+    guest knows of."""
+
+
+def host_options(options: type) -> frozenset[str]:
+    """The options that say what a device has of the host, of a model's `Options`.
+
+    A restored machine may have others there.
+    """
+    return frozenset(
+        name for name, note in _notes(options) if isinstance(note, HostFile | HostLink | HostDetail)
+    )
+
+
 def host_links(options: type) -> dict[str, HostLink]:
     """The options that name a link, by name, of a model's `Options`."""
     return {name: note for name, note in _notes(options) if isinstance(note, HostLink)}

@@ -15,6 +15,13 @@ import msgspec
 
 from devices.files import HostFile, HostLink
 
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bytes: "the name of a file",
+}
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 
 
@@ -92,6 +99,24 @@ def _kind(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "|".join(_written(each) for each in hint)
     return {bool: "true|false", int: "number", float: "number", str: "TEXT"}.get(hint, "TEXT")
+
+
+def wanted(hint: Any) -> str:
+    """What may be written for an option of this type, in words: "a whole number"; "" if there are
+    no words for it."""
+    origin, notes = typing.get_origin(hint), getattr(hint, "__metadata__", ())
+    if notes:
+        words = wanted(typing.get_args(hint)[0])
+        for note in notes:
+            if isinstance(note, msgspec.Meta) and note.ge is not None and note.le is not None:
+                words = f"{words} from {note.ge} to {note.le}"
+        return words
+    if origin in (typing.Union, types.UnionType):
+        kinds = [wanted(each) for each in typing.get_args(hint) if each is not type(None)]
+        return " or ".join(kinds) if all(kinds) else ""
+    if origin is typing.Literal or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
+        return f"one of {_kind(hint).replace('|', ', ')}"
+    return _WORDS.get(hint, "")
 
 
 def _written(value: Any) -> str:

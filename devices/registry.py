@@ -17,6 +17,7 @@ import msgspec
 
 from devices.contract import Device, FileBytes
 from devices.errors import UserError
+from devices.options import wanted
 
 MODELS: dict[str, str] = {
     "serial": "devices.serial:Serial",
@@ -81,11 +82,19 @@ def parse_options(model: type[Device], given: Mapping[str, Any]) -> Any:
         try:
             values[name] = _convert(value, hints[name])
         except (ValueError, TypeError) as error:
-            raise UserError(f"device '{model.model}': option {key}={value}: {error}") from error
+            words = wanted(hints[name])
+            problem = f" is not {words}" if words else f": {error}"
+            where = f"device '{model.model}': option {key}={_shown(value)}"
+            raise UserError(f"{where}{problem}") from error
     try:
         return model.Options(**values)
     except (ValueError, TypeError) as error:
         raise UserError(f"device '{model.model}': {error}") from error
+
+
+def _shown(value: Any) -> str:
+    """As a user writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def adjusted(

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vmm.cli.given import Given, read_words
+
 VMM = [sys.executable, "-m", "vmm"]
 ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -76,6 +78,11 @@ class Says(Base):
         self.host.log("somebody reads me")
         return 5
 """
+
+
+def given(option: str, *texts: str) -> list[Given]:
+    """What a user gave on the command line, as the command has it."""
+    return [read_words(option, text) for text in texts]
 
 
 def environment(*places: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from cli_rig import run
 from devices.errors import UserError
 from devices.registry import MODELS
 from vmm.cli import build_parser
-from vmm.cli.machine_file import Table, read_defaults
+from vmm.cli.given import Given
+from vmm.cli.machine_file import read_defaults
 
 WHOLE = """
 image = "echo"
@@ -78,7 +79,7 @@ def test_every_option_has_a_place(tmp_path: Path) -> None:
     assert (found["mode"], found["timeout"], found["deadline"]) == (64, 1.5, 2.0)
     assert found["module"] == ["a,b", "c"]
     (device,) = found["device"]
-    assert isinstance(device, Table)
+    assert isinstance(device, Given)
     assert device.values == {"model": "echo", "name": "second", "addr": 0xF00}
     assert found["disk"][0].values == {"file": "root.img"}
     assert found["net"][0].values == {"link": "user", "forward": ["tcp:8080:80", "udp:53:53"]}
@@ -123,6 +124,14 @@ def test_what_is_wrong_is_named_with_its_line(
         ('model = "echo"\nslot = "two"\n', 5, "slot=two is not [BRIDGE:]DEVICE"),
         ('model = "echo"\nirq = true\n', 5, "irq=True is not a number"),
         ('model = "echo"\nisolation = "some"\n', 5, "isolation is 'jail' or 'none'"),
+        ('model = "rng"\nseed = "x"\n', 5, "option seed=x is not a whole number\n"),
+        ('model = "rng"\nseed = 1.5\n', 5, "option seed=1.5 is not a whole number\n"),
+        ('model = "rng"\nseed = [1]\n', 5, "option seed=[1] is not a whole number\n"),
+        ('model = "balloon"\npages = -1\n', 5, "is not a whole number from 0 to 4294967295\n"),
+        ('model = "blk"\npath = 5\n', 5, "option path=5 is not text\n"),
+        ('model = "blk"\nreadonly = "x"\n', 5, "option readonly=x is not true or false\n"),
+        ('model = "serial"\nport = "x"\n', 5, "is not one of com1, com2, com3, com4\n"),
+        ('model = "config-space"\nrom = true\n', 5, "rom=true is not the name of a file\n"),
         ('model = "balloon"\ndma = "granted"\n', 5, "no more of guest memory"),
     ],
 )
@@ -139,10 +148,21 @@ def test_so_it_is_of_devices(tmp_path: Path, device: str, line: int, about: str)
 @pytest.mark.parametrize(
     ("text", "line", "about"),
     [
-        ('[[disk]]\nfile = "no.img"', 3, "device 'disk': path=no.img: No such file"),
-        ('[[disk]]\nif = "ide"\nfile = "no.img"', 4, "device 'ide': disk0=no.img: No such file"),
+        ('[[disk]]\nfile = "no.img"', 3, "device 'disk': file=no.img: No such file"),
+        ('[[disk]]\nif = "ide"\nfile = "no.img"', 4, "device 'ide': file=no.img: No such file"),
         ('[[device]]\nmodel = "9p"\npath = "no"', 4, "device '9p': path=no: No such file"),
         ('[[device]]\nmodel = "rng"\nslot = "br9:3"', 4, "slot=br9:3 is behind 'br9'"),
+        ('device = ["x"]', 2, "unknown device model 'x'"),
+        ('device = ["rng", "rng,seed"]', 2, "'seed' is not option=value\n"),
+        ('device = [\n  "rng,slot=br9:3",\n]', 2, "slot=br9:3 is behind 'br9'"),
+        ('disk = ["no.img"]', 2, "device 'disk': file=no.img: No such file"),
+        ('disk = ["no.img,foo=1"]', 2, "a disk has no option 'foo'"),
+        ('net = ["foo"]', 2, "link is user, pair:NAME or tap:NAME, not foo"),
+        (
+            '[[device]]\nmodel = "rng"\nname = "a"\n[[device]]\nmodel = "rng"\nname = "a"',
+            *(7, "device 'a': another one has this name; give one of them a name="),
+        ),
+        ('disk = ["no.img"]\n[[net]]\nlink = "user"\nname = "disk"', 5, "has this name"),
         ('[[device]]\nmodel = "echo"\naddr = 0x10000', 4, "leaves the space of 0x10000"),
         ('[[device]]\nmodel = "rng"\n[[disk]]\nname = "d"\nfile = "no.img"', 6, "device 'd'"),
     ],

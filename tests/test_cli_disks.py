@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_rig import run
+from cli_rig import given, run
 
 from devices.errors import UserError
 from vmm.cli.disks import disks
+from vmm.cli.given import Places
 from vmm.config import DeviceConfig, DmaMode
 
 SECTOR = 512
@@ -25,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_disk_is_a_virtio_device() -> None:
-    assert disks(["a.img", "b.img,readonly,serial=x,queues=2,slot=7"], ["disk"]) == [
+    assert disks(given("disk", "a.img", "b.img,readonly,serial=x,queues=2,slot=7"), ["disk"]) == [
         DeviceConfig("disk-2", "blk", {"path": "a.img"}),
         DeviceConfig(
             "disk-3",
@@ -34,12 +35,12 @@ def test_a_disk_is_a_virtio_device() -> None:
             slot="7",
         ),
     ]
-    (granted,) = disks(["a.img,dma=granted"], [])
+    (granted,) = disks(given("disk", "a.img,dma=granted"), [])
     assert granted.dma is DmaMode.GRANTED
 
 
 def test_ide_disks_are_drives_of_one_controller() -> None:
-    assert disks(["a.img,if=ide,readonly", "b.img", "c.img,serial=x,if=ide"], []) == [
+    assert disks(given("disk", "a.img,if=ide,readonly", "b.img", "c.img,serial=x,if=ide"), []) == [
         DeviceConfig("disk", "blk", {"path": "b.img"}),
         DeviceConfig(
             "ide",
@@ -48,7 +49,7 @@ def test_ide_disks_are_drives_of_one_controller() -> None:
         ),
     ]
     with pytest.raises(UserError, match=r"--disk e.img,if=ide: if=ide has room for 4 disks"):
-        disks([f"{name}.img,if=ide" for name in "abcdef"], [])
+        disks(given("disk", *(f"{name}.img,if=ide" for name in "abcdef")), [])
 
 
 @pytest.mark.parametrize(
@@ -65,12 +66,12 @@ def test_ide_disks_are_drives_of_one_controller() -> None:
         ("a.img,serial=a-serial-that-is-too-long", "serial is at most 20"),
         ("a.img,slot=two", "slot=two is not"),
         ("a.img,if=ide,queues=2", "option 'queues' is for if=virtio alone"),
-        ("a.img,if=ide,serial=a-serial-that-is-too-long", "serial0 is at most 20"),
+        ("a.img,if=ide,serial=a-serial-that-is-too-long", "serial is at most 20"),
     ],
 )
 def test_what_is_wrong_with_one(text: str, about: str) -> None:
     with pytest.raises(UserError, match="--disk") as caught:
-        disks([text], [])
+        disks(given("disk", text), [])
     assert about in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -120,17 +121,39 @@ def refused(*arguments: str) -> str:
 def test_files_that_cannot_be_disks(image: Path, tmp_path: Path) -> None:
     assert "No such file or directory" in refused("--disk", str(tmp_path / "gone"))
     assert "is neither a file nor a block device" in refused("--disk", "/dev/null")
-    assert "is in use by another machine" in refused("--disk", str(image), "--disk", str(image))
+    assert f"file={image}: is given twice: device 'disk' has it, too" in refused(
+        *("--disk", str(image), "--disk", str(image))
+    )
     os.truncate(image, 0)
     assert "is empty" in refused("--disk", str(image))
     os.truncate(image, SECTOR + 1)
     assert "has 513 bytes, which is no multiple of 512" in refused("--disk", str(image))
 
 
+def test_a_disk_twice_is_told_from_one_of_another_machine(image: Path) -> None:
+    ide = f"{image},if=ide"
+    assert "is given twice: device 'ide' has it, too" in refused("--disk", ide, "--disk", ide)
+    device = f"blk,path={image},readonly=true"
+    said = refused("--device", device, "--disk", ide)
+    assert "is given twice: device 'blk' has it, too" in said
+    assert run("boot", "--device", device, "--disk", f"{image},readonly")[0] == 0
+
+
+def test_what_is_known_late_is_told_in_the_users_words() -> None:
+    """Root may do everything, so the permission itself cannot be missed here."""
+    places = Places()
+    disks(given("disk", "a.img,if=ide", "b.img,if=ide"), [], places)
+    with pytest.raises(UserError) as caught, places.named():
+        raise UserError("device 'ide': disk1=b.img: no; give readonly1=true")
+    assert str(caught.value) == "device 'ide': file=b.img: no; give readonly=true"
+
+
 @pytest.mark.skipif(not os.getuid(), reason="root may do everything")
 def test_a_file_without_permission(image: Path) -> None:
     image.chmod(0o400)
-    assert "Permission denied; it can be read: give readonly=true" in refused("--disk", str(image))
+    for interface in ("virtio", "ide"):
+        said = refused("--disk", f"{image},if={interface}")
+        assert f"file={image}: Permission denied; it can be read: give readonly=true" in said
     image.chmod(0)
     assert refused("--disk", str(image)).endswith("Permission denied")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_rig import run
+from cli_rig import given, run
 
 from devices.errors import UserError
 from vmm.cli.nets import nets
@@ -14,18 +14,22 @@ from vmm.config import DeviceConfig, DmaMode
 
 
 def test_a_card_is_a_virtio_device() -> None:
-    assert nets(["user,forward=tcp:8080:80,forward=udp:53:53,slot=7", "none"], ["net"]) == [
+    assert nets(
+        given("net", "user,forward=tcp:8080:80,forward=udp:53:53,slot=7", "none"), ["net"]
+    ) == [
         DeviceConfig("net-2", "net", {"link": "user", "forward": "tcp:8080:80+udp:53:53"}, slot="7")
     ]
-    assert nets(["pair:lan,mac=52:54:00:00:00:01,name=lan,isolation=none"], []) == [
+    assert nets(given("net", "pair:lan,mac=52:54:00:00:00:01,name=lan,isolation=none"), []) == [
         DeviceConfig("lan", "net", {"link": "pair:lan", "mac": "52:54:00:00:00:01"}, isolated=False)
     ]
-    assert nets(["user,dma=granted"], [])[0].dma is DmaMode.GRANTED
-    assert nets([], []) == []
+    assert nets(given("net", "user,dma=granted"), [])[0].dma is DmaMode.GRANTED
+    assert nets(given("net"), []) == []
 
 
 def test_cards_that_meet_others_differ() -> None:
-    addresses = {nets([text], [])[0].options["mac"] for text in ("pair:a", "pair:a", "tap:a")}
+    addresses = {
+        nets(given("net", text), [])[0].options["mac"] for text in ("pair:a", "pair:a", "tap:a")
+    }
     assert len(addresses) == 3
     assert all(address.startswith("52:54:00:") for address in addresses)
 
@@ -49,7 +53,7 @@ def test_cards_that_meet_others_differ() -> None:
 )
 def test_what_is_wrong_with_one(text: str, about: str) -> None:
     with pytest.raises(UserError, match="--net") as caught:
-        nets([text], [])
+        nets(given("net", text), [])
     assert about in str(caught.value)
     assert "\n" not in str(caught.value)
 

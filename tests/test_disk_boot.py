@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cli_rig import given
 from test_firmware import SEABIOS, needs_seabios
 from test_linux import DIRECTORY, PROMPT
 
@@ -45,7 +46,7 @@ BOOT = (
 
 def machine(image: Path, interface: str, memory: int) -> Machine:
     devices = default_devices()
-    found = disks([f"{image},if={interface}"], [device.name for device in devices])
+    found = disks(given("disk", f"{image},if={interface}"), [device.name for device in devices])
     return Machine(MachineConfig(memory, (*devices, *found), rom=SEABIOS.stat().st_size))
 
 

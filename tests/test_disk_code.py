@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cli_rig import given
 
 import guests
 from vmm.cli.disks import disks
@@ -34,7 +35,7 @@ def machine_with(
 ) -> Iterator[Machine]:
     image = directory / "disk.img"
     image.write_bytes(b"".join(code(n).ljust(SECTOR, b"\xcc") for n in range(SECTORS)))
-    found = disks([f"{image},readonly{options}"], [])
+    found = disks(given("disk", f"{image},readonly{options}"), [])
     console = default_devices()[0]
     config = MachineConfig(16 << 20, (console, debug_exit(), *found), clock)
     with Machine(config, host=HostOptions(fast_lane=lane)) as machine:

@@ -438,7 +438,7 @@ def test_two_functions_in_one_slot() -> None:
 
 
 def test_two_devices_of_one_name() -> None:
-    with pytest.raises(UserError, match="two devices are named 'echo'"):
+    with pytest.raises(UserError, match="device 'echo': another one has this name"):
         MachineConfig(devices=(DeviceConfig("echo", "echo"), DeviceConfig("echo", "echo")))
 
 

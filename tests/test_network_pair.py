@@ -19,10 +19,10 @@ from proxy_helpers import open_descriptors
 from devices.errors import UserError
 from devices.virtio.cable import PLAIN, Cut, Jack, PacketCable
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.machine import Machine
 from vmm.network import pair
 from vmm.network.pair import PairEnd
+from vmm.opening import HostFileError
 
 FRAME = PLAIN + bytes(range(64))
 

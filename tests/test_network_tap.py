@@ -9,9 +9,9 @@ import pytest
 from jail_tools import as_user
 from proxy_helpers import open_descriptors
 
-from vmm.host_files import HostFileError
 from vmm.network import tap
 from vmm.network.tap import TUN, TapEnd
+from vmm.opening import HostFileError
 
 
 def refused(name: str) -> str:

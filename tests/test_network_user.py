@@ -27,10 +27,10 @@ from proxy_helpers import open_descriptors
 from devices.errors import UserError
 from devices.virtio.link import Forward
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.machine import Machine
 from vmm.network import user
 from vmm.network.user import UserEnd
+from vmm.opening import HostFileError
 
 
 @pytest.fixture

@@ -32,6 +32,18 @@ def test_keys_are_split() -> None:
     assert parser.feed(b"\x01e") == [("input", b"\x01e")]
 
 
+def test_a_line_is_typed() -> None:
+    parser = EscapeParser()
+    found = parser.feed(b"x\x01aab\x7f\x00\xffc\rd\x01x")
+    assert b"".join(data for kind, data in found if kind == "echo") == b"ab\b \bc\r\n"
+    assert [part for part in found if part[0] != "echo"] == [
+        *(("input", b"x"), ("menu", b"a"), ("line", b"ac"), ("input", b"d"), ("menu", b"x"))
+    ]
+    for cancel in (b"\x03", b"\x04", b"\x1b"):
+        assert parser.feed(b"\x01aab" + cancel)[-1] == ("line", b"")
+    assert parser.feed(b"\x01a\x7f" + b"y" * 300 + b"\r")[-1] == ("line", b"y" * 200)
+
+
 @given(st.lists(st.binary(max_size=5), max_size=6))
 def test_how_keys_are_cut_makes_no_difference(parts: list[bytes]) -> None:
     def flat(found: list[tuple[str, bytes]]) -> list[tuple[str, int]]:
@@ -162,6 +174,30 @@ def test_the_guests_console_has_the_size_of_the_terminal(tmp_path: Path) -> None
             end = time.monotonic() + 60
             while size() != (columns, rows):
                 assert time.monotonic() < end
+        s.type(b"\x01x")
+        assert s.end() == 0
+
+
+def test_a_device_is_adjusted(tmp_path: Path) -> None:
+    devices = ["--no-default-devices", "--device", "balloon", "--device", "serial"]
+    with screen("boot", "counter", "--mem", "16M", *devices, cwd=tmp_path) as s:
+        s.expect(b"counter 1\r\n")
+        s.type(b"\x01aballoon,pages=77\r")
+        s.expect(b"vmm: adjust DEVICE,OPTION=VALUE: ")
+        s.expect(b"vmm: adjusted: balloon,pages=77\r")
+        for typed, answer in (
+            (b"\r", b"nothing was adjusted"),
+            (b"balloon\r", b"not adjusted: write DEVICE,OPTION=VALUE"),
+            (b"none,pages=1\r", b"not adjusted: there is no device 'none'"),
+            (b"balloon,pages=x\r", b"option pages=x is not a whole number"),
+            (b"serial,port=com2\r", b"option 'port' cannot be changed while it runs"),
+        ):
+            s.type(b"\x01a" + typed)
+            s.expect(b"vmm: .*" + answer)
+        s.type(b"\x01w")
+        s.expect(b"snapshot written to vmm-snapshot;")
+        saved = json.loads((tmp_path / "vmm-snapshot" / "devices" / "balloon.json").read_text())
+        assert saved["wanted"] == 77
         s.type(b"\x01x")
         assert s.end() == 0
 

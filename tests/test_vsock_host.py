@@ -19,8 +19,8 @@ from devices.contract import DeviceHost
 from devices.virtio.vsock.link import Answer, HostSide
 from proxy.jail.escape import ATTEMPTS, Attempt
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.network.sockets import SocketsEnd
+from vmm.opening import HostFileError
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def files_for(
 def links_for(device: DeviceConfig, factory: DeviceFactory | None, host_files: HostFiles) -> Links:
     """See `open_links`; what the descriptors are is put to the files'."""
     kind = model_of(device, factory)
-    with host_files.naming_snapshot():
+    with host_files.naming_snapshot(device.name):
         links = Links(device.name, {}) if kind is None else open_links(device, kind)
     for option, fd in links.fds.items():
         host_files.hold(device.name, option, fd)

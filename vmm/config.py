@@ -152,7 +152,9 @@ class MachineConfig:
         seen: set[str] = set()
         for device in self.devices:
             if device.name in seen:
-                raise UserError(f"two devices are named '{device.name}'; give one a name=")
+                raise UserError(
+                    f"device '{device.name}': another one has this name; give one of them a name="
+                )
             seen.add(device.name)
 
 
@@ -230,16 +232,38 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     Raises:
         UserError: the text is not of that form, or the model lacks such an option.
     """
-    model, *pairs = text.split(",")
+    where = f"--device {text}"
+    try:
+        model, options = split_options(text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return device_from(where, model, options, taken)
+
+
+def split_options(text: str, several: str = "", alone: str = "") -> tuple[str, dict[str, Any]]:
+    """What ``FIRST[,option=value]...`` says.
+
+    Args:
+        several: the option that may be given several times; its values are joined by ``+``.
+        alone: the option that is true if it stands without a value.
+
+    Raises:
+        UserError: it is not of that form, or an option is given twice.
+    """
+    first, *pairs = text.split(",")
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
+        if pair == alone:
+            equals, value = "=", "true"
         if not key or not equals:
-            raise UserError(f"--device {text}: '{pair}' is not option=value")
+            raise UserError(f"'{pair}' is not option=value")
         if key in options:
-            raise UserError(f"--device {text}: option '{key}' is given twice")
+            if key != several:
+                raise UserError(f"option '{key}' is given twice")
+            value = f"{options[key]}+{value}"
         options[key] = value
-    return device_from(f"--device {text}", model, options, taken)
+    return first, options
 
 
 def device_from(

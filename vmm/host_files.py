@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -22,20 +21,16 @@ from pathlib import Path
 
 from devices import registry
 from devices.contract import Device
-from devices.errors import UserError
 from devices.files import HostFile, host_files
 from proxy.tube import close_all
 from vmm import disks
 from vmm.config import DeviceConfig
+from vmm.opening import HostFileError, check_rights, describe, flags_for, open_file
 from vmm.snapshot import FileIdentity, SavedDisk
 
 _EXPLAIN = dict.fromkeys(
     (errno.ENOSPC, errno.EFBIG), "; --snapshot-disks none leaves the content of disks out"
 )
-
-
-class HostFileError(UserError):
-    """A file that a device needs is not there, not what it must be, or not to be had."""
 
 
 class DiskKeeping(enum.StrEnum):
@@ -123,12 +118,13 @@ class HostFiles:
                 path = getattr(options, option)
                 if path:
                     where = f"device '{device.name}': {option.replace('_', '-')}={path}"
-                    flags = _flags(file, options)
+                    flags = flags_for(file, options)
                     name = f"{device.name}.{option}"
-                    with self.naming_snapshot():
+                    movable = device.name if file.directory or file.output else ""
+                    with self.naming_snapshot(movable):
                         opened[option] = self._open(name, path, file, flags, where)
                     if file.directory and device.isolated and os.geteuid() == 0:
-                        _check_rights(opened[option], file.may_write(options), where)
+                        check_rights(opened[option], file.may_write(options), where)
         except BaseException:
             close_all(list(opened.values()))
             raise
@@ -137,24 +133,27 @@ class HostFiles:
         return opened
 
     @contextlib.contextmanager
-    def naming_snapshot(self) -> Iterator[None]:
-        """What cannot be had in here is missed by the snapshot, if the machine is from one."""
+    def naming_snapshot(self, movable: str = "") -> Iterator[None]:
+        """What cannot be had in here is missed by the snapshot, if the machine is from one; the
+        device `movable` may have something else instead."""
         try:
             yield
         except HostFileError as error:
             if self._saved is None:
                 raise
-            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}") from error
+            mend = movable and f"; restore --device {movable},OPTION=VALUE gives another place"
+            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}{mend}") from error
 
     def hold(self, device: str, option: str, fd: int, writable: bool = True) -> None:
         """Note that a device has this descriptor."""
-        self.held.setdefault(device, []).append(f"{option} ({_what(fd, writable)})")
+        self.held.setdefault(device, []).append(f"{option} ({describe(fd, writable)})")
 
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
         if file.directory or file.output:
-            fd = _open(path, file, flags, where)
-            if file.output and self._saved is None:  # a restored machine goes on with it
-                _empty(fd)
+            fd = open_file(path, file, flags, where)
+            begins = file.output and self._saved is None  # a restored machine goes on with it
+            if begins and stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, 0)
             return fd
         used = _Used(name, path, -1, flags & os.O_ACCMODE != os.O_RDONLY)
         record = None
@@ -166,7 +165,8 @@ class HostFiles:
         if used.private:
             fd = self._private(used, file, flags, where)
         else:
-            fd = _open(path, file, flags, where)
+            self._refuse_twice(used, where)
+            fd = open_file(path, file, flags, where)
         try:
             if record is not None and not used.private:
                 _check_unchanged(fd, record, where)
@@ -177,12 +177,25 @@ class HostFiles:
         self._used.append(used)
         return fd
 
+    def _refuse_twice(self, wanted: _Used, where: str) -> None:
+        """One file for two devices: say so, instead of blaming another machine for the lock."""
+        with contextlib.suppress(OSError, ValueError):
+            about = os.stat(wanted.path)
+            for used in self._used:
+                alone = wanted.writable or used.writable
+                if alone and os.path.samestat(os.fstat(used.fd), about):
+                    device, _, _ = used.name.rpartition(".")
+                    raise HostFileError(
+                        f"{where}: is given twice: device '{device}' has it, too; give each a "
+                        "file of its own, or both read-only"
+                    )
+
     def _private(self, used: _Used, file: HostFile, flags: int, where: str) -> int:
         """A file of this machine's own with the content that the disk had."""
         assert self._saved is not None
         record = self._saved.disks[used.name]
         if record.copy is None:
-            source = _open(used.path, file, flags & ~os.O_ACCMODE & ~os.O_DIRECT, where)
+            source = open_file(used.path, file, flags & ~os.O_ACCMODE & ~os.O_DIRECT, where)
             beside = Path(used.path).parent
         else:
             beside = self._saved.snapshot / "disks"
@@ -251,100 +264,6 @@ def _keep(
         return SavedDisk(original, FileIdentity.of(fd), how.sha256), str(how)
     finally:
         os.close(fd)
-
-
-def _flags(file: HostFile, options: object) -> int:
-    writable = file.may_write(options)
-    flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # a FIFO must not make us wait
-    if file.output:
-        return flags | os.O_WRONLY | os.O_CREAT
-    flags |= os.O_RDWR if writable and not file.directory else os.O_RDONLY
-    if file.direct_if and getattr(options, file.direct_if):
-        flags |= os.O_DIRECT
-    return flags
-
-
-def _kind(path: str) -> str:
-    """The kind of the file system that a file is on, as ", tmpfs,"; "" if nobody knows."""
-    with contextlib.suppress(OSError):
-        device = os.stat(path).st_dev
-        wanted = f"{os.major(device)}:{os.minor(device)}"
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            fields = line.split()
-            if fields[2] == wanted and "-" in fields:
-                return f", {fields[fields.index('-') + 1]},"
-    return ""
-
-
-def _open(path: str, file: HostFile, flags: int, where: str) -> int:
-    writable = flags & os.O_ACCMODE != os.O_RDONLY
-    try:
-        fd = os.open(path, flags, 0o644)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, OSError) and error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            reason = f"its file system{_kind(path)} has no O_DIRECT; leave {file.direct_if} off"
-        refused = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS)
-        if refused and writable and file.read_only_if and os.access(path, os.R_OK):
-            reason = f"{reason}; it can be read: give {file.read_only_if}=true"
-        raise HostFileError(f"{where}: {reason}") from error
-    try:
-        _check(fd, file, writable, where)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _empty(fd: int) -> None:
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        os.ftruncate(fd, 0)
-
-
-def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
-    mode = os.fstat(fd).st_mode
-    if file.directory:
-        if not stat.S_ISDIR(mode):
-            raise HostFileError(f"{where}: is not a directory")
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise HostFileError(f"{where}: is neither a file nor a block device")
-    if file.unit:
-        # A block device has no size in its status.
-        size = os.lseek(fd, 0, os.SEEK_END)
-        if not size:
-            raise HostFileError(f"{where}: is empty; make it larger, for example with truncate -s")
-        if size % file.unit:
-            raise HostFileError(
-                f"{where}: has {size} bytes, which is no multiple of {file.unit}; "
-                f"cut it or fill it up with truncate -s %{file.unit}"
-            )
-    # The lock is that of the open file: the device's process holds it until it ends.
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        mend = " or open both read-only" if file.read_only_if else ""
-        raise HostFileError(f"{where}: is in use by another machine; end that{mend}") from error
-    except OSError:
-        pass  # a file system without locks
-
-
-def _check_rights(fd: int, writable: bool, where: str) -> None:
-    """See whether a device that root starts can use a directory: it is the owner, never root."""
-    about = os.fstat(fd)
-    needed = stat.S_IROTH | stat.S_IXOTH | (stat.S_IWOTH if writable else 0)
-    if about.st_uid == 0 and about.st_mode & needed != needed:
-        mend = "share it read-only" if writable else "to all (chmod)"
-        reason = "belongs to root, which a device never is; give it to a user (chown)"
-        raise HostFileError(f"{where}: {reason} or {mend}")
-
-
-def _what(fd: int, writable: bool) -> str:
-    """A descriptor in words: what it is of, and for what."""
-    rights = "read and write" if writable else "read"
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
-        rights = "write"
-    return f"{os.readlink(f'/proc/self/fd/{fd}')}, {rights}"
 
 
 # What a snapshot says of a file.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
@@ -25,15 +26,13 @@ from vmm import post, saving, sources
 from vmm import snapshot as snapshots
 from vmm.boot.options import BootOptions, BootResult
 from vmm.children import model_of
-from vmm.config import (
-    HostOptions,
-    choice,
-)
+from vmm.config import HostOptions, MachineConfig, choice
 from vmm.events import FAR
 from vmm.host_files import DiskKeeping, DiskProgress, DiskUse, HostFiles, SavedFiles
 from vmm.interrupt import noted_signals
 from vmm.local import DeviceFactory
 from vmm.machine_shape import MachineShape
+from vmm.moving import Places, moved
 from vmm.outcome import Ending, Outcome
 from vmm.parts import Parts
 from vmm.vcpu import UNLIMITED
@@ -269,6 +268,7 @@ class Machine(MachineShape):
         factories: Mapping[str, DeviceFactory | type[Device]] | None = None,
         models: Iterable[str | type[Device]] = (),
         disks: DiskUse | str = DiskUse.PRIVATE,
+        places: Places | None = None,
         progress: DiskProgress = lambda _name, _done, _of: None,
     ) -> Machine:
         """A machine that goes on where a snapshot was taken, with devices newly forked.
@@ -279,6 +279,8 @@ class Machine(MachineShape):
                 "package.module:Class"; their code is trusted.
             disks: "private" gives the machine copies of its own of the disks as they were; with
                 "original" it goes on with the files themselves, if nobody wrote to them since.
+            places: by device name: other values of options that name something of the host (see
+                `vmm.moving`), so that it can be restored beside a machine that has them.
             progress: as for `snapshot`.
 
         Raises:
@@ -289,7 +291,13 @@ class Machine(MachineShape):
         path = Path(path)
         manifest = snapshots.load_manifest(path)
         use = choice(DiskUse, disks, "disks")
-        machine = cls(manifest.config, host=host, jail=jail)
+        models = tuple(models)
+        trusted = sources.trusted_factories(manifest.config, factories or {}, models)
+
+        def move(config: MachineConfig) -> MachineConfig:
+            return moved(config, places or {}, lambda each: model_of(each, trusted.get(each.name)))
+
+        machine = cls(move(manifest.config), host=host, jail=jail)
         machine._factories = sources.trusted_factories(machine.config, factories or {}, models)
         saved: list[snapshots.Snapshot] = []
         try:
@@ -297,7 +305,8 @@ class Machine(MachineShape):
                 meanwhile=lambda memory: saved.append(snapshots.load(path, memory)),
                 host_files=HostFiles(SavedFiles(path, manifest.disks, use, progress)),
             )
-            saving.take_up(machine.parts, saved[0], path)
+            saved_machine = replace(saved[0], config=move(saved[0].config))
+            saving.take_up(machine.parts, saved_machine, path)
         except BaseException:
             machine.close()
             raise

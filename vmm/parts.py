@@ -220,7 +220,7 @@ class Parts:
         self._attach(device, Attachment(device, local, local=turns))
 
     def _attach_links(self, links: Links) -> None:
-        with self.host_files.naming_snapshot():
+        with self.host_files.naming_snapshot(links.device):
             links.attach(self.events, self.wiring.log)
 
     def _attach(self, device: DeviceConfig, attachment: Attachment) -> None:

@@ -4,7 +4,8 @@ On a terminal every key goes to the guest, Ctrl-C too; Ctrl-A opens the menu:
 
     Ctrl-A h   help                    Ctrl-A s   suspend / resume
     Ctrl-A x   quit                    Ctrl-A w   write a snapshot
-    Ctrl-A i   status                  Ctrl-A Ctrl-A   send Ctrl-A to the guest
+    Ctrl-A i   status                  Ctrl-A a   adjust a device: a line, such as balloon,pages=9
+    Ctrl-A Ctrl-A   send Ctrl-A to the guest
 
 The terminal is always read, so that the menu works: what is typed while the guest takes nothing is
 kept up to a limit, and dropped beyond it. Input from a pipe or a file goes to the guest as it is,
@@ -36,7 +37,13 @@ _CHUNK = 4096
 HELP = """\
 Ctrl-A h  this help             Ctrl-A s  suspend / resume the guest
 Ctrl-A x  quit                  Ctrl-A w  write a snapshot
-Ctrl-A i  status                Ctrl-A Ctrl-A  send Ctrl-A to the guest"""
+Ctrl-A i  status                Ctrl-A a  adjust a device that runs
+Ctrl-A Ctrl-A  send Ctrl-A to the guest"""
+PROMPT = "vmm: adjust DEVICE,OPTION=VALUE: "
+_ADJUST = ord("a")
+_LONGEST_LINE = 200
+_ENTER, _ERASE, _CANCEL = b"\r\n", b"\b\x7f", b"\x03\x04\x1b"
+"""Keys while a line is typed; the last are Ctrl-C, Ctrl-D and Escape."""
 
 
 class Controls(Protocol):
@@ -50,21 +57,32 @@ class Controls(Protocol):
 
     def status(self) -> str: ...
 
+    def adjust(self, text: str) -> str: ...
+
 
 class EscapeParser:
-    """Splits keystrokes into bytes for the guest and menu keys."""
+    """Splits keystrokes into bytes for the guest, menu keys, and the line that one takes."""
 
     def __init__(self) -> None:
         self._escaped = False
+        self._line: bytearray | None = None
 
     def feed(self, data: bytes) -> list[tuple[str, bytes]]:
-        """("input", bytes) and ("menu", one key) in the order they were typed."""
+        """("input", bytes) and ("menu", one key) in the order they were typed.
+
+        While a line is typed ("echo", bytes) is what the user sees of it; at its end comes
+        ("line", text), empty if it was cancelled.
+        """
         parts: list[tuple[str, bytes]] = []
         for byte in data:
+            if self._line is not None:
+                parts += self._edit(self._line, byte)
+                continue
             kind = "input"
             if self._escaped:
                 self._escaped = False
                 kind = "input" if byte == ESCAPE else "menu"
+                self._line = bytearray() if byte == _ADJUST else None
             elif byte == ESCAPE:
                 self._escaped = True
                 continue
@@ -73,6 +91,18 @@ class EscapeParser:
             else:
                 parts.append((kind, bytes([byte])))
         return parts
+
+    def _edit(self, line: bytearray, byte: int) -> list[tuple[str, bytes]]:
+        if byte in _ENTER or byte in _CANCEL:
+            self._line = None
+            return [("echo", b"\r\n"), ("line", bytes(line) if byte in _ENTER else b"")]
+        if byte in _ERASE and line:
+            line.pop()
+            return [("echo", b"\b \b")]
+        if byte in range(0x20, 0x7F) and len(line) < _LONGEST_LINE:
+            line.append(byte)
+            return [("echo", bytes([byte]))]
+        return []
 
 
 @dataclass
@@ -83,6 +113,7 @@ class Terminal:
         feed: takes input for the guest.
         backlog: how many bytes of input the guest has not taken yet.
         say: prints a line of the menu for the user (not to the guest's output).
+        echo: shows what the user types for the menu.
         source: descriptor to read; -1: no input.
         resized: told the columns and rows of a terminal, at first and whenever they change.
     """
@@ -94,6 +125,7 @@ class Terminal:
     say: Callable[[str], None]
     source: int = 0
     resized: Callable[[int, int], None] = lambda _columns, _rows: None
+    echo: Callable[[bytes], object] = lambda _data: None
 
     def __post_init__(self) -> None:
         self._size_changed = False
@@ -207,10 +239,15 @@ class Terminal:
             return
         if self._escape is not None:
             for kind, part in self._escape.feed(data):
-                if kind == "input":
-                    self._typed(part)
-                else:
-                    self._menu(part)
+                match kind:
+                    case "input":
+                        self._typed(part)
+                    case "echo":
+                        self.echo(part)
+                    case "line":
+                        self.say(self.controls.adjust(part.decode("ascii")))
+                    case _:
+                        self._menu(part)
             return
         self.feed(data)
         if self._pollable and self.backlog() >= HIGH_WATER:
@@ -236,5 +273,7 @@ class Terminal:
                 self.say(self.controls.write_snapshot())
             case b"i":
                 self.say(self.controls.status())
+            case b"a":
+                self.echo(PROMPT.encode())
             case _:
                 self.say(HELP)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from devices.contract import DeviceHost
-from devices.files import HostLink
+from devices.files import HostDetail, HostLink
 from devices.virtio.cable import (
     HEADER,
     LONGEST,
@@ -88,7 +88,7 @@ class NetOptions:
 
     link: Annotated[str, HostLink()] = ""
     mac: str = "52:54:00:12:34:56"
-    forward: str = ""
+    forward: Annotated[str, HostDetail()] = ""
 
     def __post_init__(self) -> None:
         try:

@@ -8,89 +8,71 @@ primary channel, then of the secondary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import UserError
-from vmm.cli.machine_file import Table
+from vmm.cli.given import Given, Places, as_written
 from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
 
 VIRTIO, IDE = "virtio", "ide"
 INTERFACES = (VIRTIO, IDE)
 DRIVES = 4
 """Of the ATA controller: two channels with two drives each."""
-_OF_BOTH = ("file", "if", "readonly", "serial")
+_OF_BOTH = ("file", "readonly", "serial")
+_WRITTEN = {"path": "file"}
+"""What the user calls an option of `blk`."""
 _OF_VIRTIO = ("queues", "direct", *OF_ANY_FUNCTION)
 
 
-@dataclass(frozen=True)
-class Disk:
-    """One disk as the user gave it.
-
-    Attributes:
-        where: begins the message of what is wrong with it.
-        table: the same as a table of a machine file, which knows lines.
-        options: without "if".
-    """
-
-    where: str
-    table: Table | None
-    interface: str
-    options: Mapping[str, Any]
-
-    def error(self, problem: str) -> UserError:
-        if self.table is not None:
-            return UserError(f"{self.table.where(problem)}: {problem}")
-        return UserError(f"{self.where}: {problem}")
-
-
 def disks(
-    given: Sequence[str | Table], taken: Sequence[str], places: dict[str, Table] | None = None
+    given: Sequence[Given], taken: Sequence[str], places: Places | None = None
 ) -> list[DeviceConfig]:
     """The devices that the disks stand for.
 
     Args:
         taken: names of devices that are in use.
-        places: gets the tables among them, by how messages on their devices begin.
+        places: is told where each was given.
 
     Raises:
         UserError: an option is wrong, or a fifth disk is to be an IDE drive.
     """
+    places = Places() if places is None else places
     names, drives, made = list(taken), [], []
-    places = {} if places is None else places
-    for each in map(_parse, given):
-        if each.interface == IDE:
+    for each in given:
+        if _interface(each) == IDE:
             drives.append(each)
             continue
-        options = {"name": _free("disk", names), **each.options}
+        options = {"name": _free("disk", names), **_options(each)}
         options["path"] = options.pop("file")
         made.append(_device(each, "blk", options, names))
         names.append(made[-1].name)
-        if each.table is not None:
-            places[f"device '{names[-1]}': "] = each.table
+        places.add(each, f"device '{names[-1]}': ", _WRITTEN)
     if len(drives) > DRIVES:
         raise drives[DRIVES].error(f"if=ide has room for {DRIVES} disks; give it if={VIRTIO}")
     if drives:
         options = {"name": _free("ide", names)}
         for number, each in enumerate(drives):
-            named = {"disk": each.options["file"], **each.options}
-            del named["file"]
-            options |= {f"{key}{number}": value for key, value in named.items()}
+            written = {("disk" if key == "file" else key) + str(number): key for key in _OF_BOTH}
+            values = _options(each)
+            options |= {key: values[word] for key, word in written.items() if word in values}
             # One by one, so that what is wrong is told of the disk that it is wrong with.
-            controller = _device(each, "ata", options, names)
-            if each.table is not None:
-                places[f"device '{controller.name}': disk{number}="] = each.table
+            controller = _device(each, "ata", options, names, written)
+            places.add(each, f"device '{controller.name}': disk{number}=", written)
         made.append(controller)
     return made
 
 
 def _device(
-    disk: Disk, model: str, options: Mapping[str, Any], taken: Sequence[str]
+    disk: Given,
+    model: str,
+    options: Mapping[str, Any],
+    taken: Sequence[str],
+    written: Mapping[str, str] = _WRITTEN,
 ) -> DeviceConfig:
     try:
         return device_from("a disk", model, options, taken)
     except UserError as error:
-        raise disk.error(str(error)) from error
+        raise disk.error(as_written(str(error), written)) from error
 
 
 def _free(base: str, taken: Sequence[str]) -> str:
@@ -98,42 +80,22 @@ def _free(base: str, taken: Sequence[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _parse(given: str | Table) -> Disk:
-    if isinstance(given, str):
-        return _checked(Disk(f"--disk {given}", None, "", _options(given)))
-    return _checked(Disk("", given, "", dict(given.values)))
-
-
-def _options(text: str) -> dict[str, Any]:
-    file, *pairs = text.split(",")
-    options: dict[str, Any] = {"file": file}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if key == "readonly" and not equals:
-            value, equals = "true", "="
-        if not key or not equals:
-            raise UserError(
-                f"--disk {text}: '{pair}' is not option=value (the name of a file with a comma "
-                "has its place in a machine file, see --config)"
-            )
-        if key in options:
-            raise UserError(f"--disk {text}: option '{key}' is given twice")
-        options[key] = value
-    return options
-
-
-def _checked(disk: Disk) -> Disk:
-    options = dict(disk.options)
-    interface = options.pop("if", VIRTIO)
+def _interface(disk: Given) -> str:
+    """What it is to be, all of its options checked."""
+    interface = disk.values.get("if", VIRTIO)
     if interface not in INTERFACES:
         raise disk.error(f"if={interface} is not one of {', '.join(INTERFACES)}")
-    for key in options:
-        if key not in (*_OF_BOTH, *_OF_VIRTIO):
-            known = ", ".join((*_OF_BOTH, *_OF_VIRTIO))
+    for key in disk.values:
+        if key not in (*_OF_BOTH, "if", *_OF_VIRTIO):
+            known = ", ".join(("file", "if", *_OF_BOTH[1:], *_OF_VIRTIO))
             raise disk.error(f"a disk has no option '{key}'; it has {known}")
         if interface == IDE and key in _OF_VIRTIO:
             raise disk.error(f"option '{key}' is for if={VIRTIO} alone")
-    file = options.get("file")
+    file = disk.values.get("file")
     if not isinstance(file, str) or not file:
         raise disk.error("a disk needs a 'file'")
-    return Disk(disk.where, disk.table, interface, options)
+    return str(interface)
+
+
+def _options(disk: Given) -> dict[str, Any]:
+    return {key: value for key, value in disk.values.items() if key != "if"}

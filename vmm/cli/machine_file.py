@@ -27,61 +27,15 @@ import argparse
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import UserError
 from vmm.cli.files import read_file
+from vmm.cli.given import WORDS, Given, read_words
 
 _HEADER = re.compile(r"\s*\[+\s*\"?([\w-]+)")
 _KEY = re.compile(r"\s*\"?([\w-]+)\"?\s*[.=]")
 _NOT_IN_A_FILE = ("help", "config")
-TABLES = ("device", "disk", "net")
-"""What may be given as a table: ``[[device]]``."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A device, disk or network card as a table of the file.
-
-    Attributes:
-        file: for messages.
-        line: of its header.
-        lines: of its keys.
-        values: the table.
-    """
-
-    file: str
-    line: int
-    lines: Mapping[str, int]
-    values: Mapping[str, Any]
-
-    def where(self, problem: str) -> str:
-        """File and line, as near to what a message is about as it can be known."""
-        # The model comes last: messages about other keys name it, too.
-        for key in sorted(self.lines, key=lambda key: key == "model"):
-            if re.search(rf"'{key}'|\b{key}(=| )", problem):
-                return f"config {self.file}: line {self.lines[key]}"
-        return f"config {self.file}: line {self.line}"
-
-
-@contextmanager
-def naming_lines(places: Mapping[str, Table]) -> Iterator[None]:
-    """Give a message that begins as one of `places` the file and line of that table.
-
-    Raises:
-        UserError: what was raised inside.
-    """
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for beginning, table in places.items():
-            if text.startswith(beginning):
-                raise UserError(f"{table.where(text)}: {text}") from error
-        raise
 
 
 def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -108,14 +62,15 @@ def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
             near = difflib.get_close_matches(key, actions, 1)
             hint = f"; do you mean '{near[0]}'?" if near else f"; there are {', '.join(actions)}"
             raise UserError(f"{where}: there is no option '{key}'{hint}")
-        if key in TABLES and isinstance(value, list):
+        if key in WORDS and isinstance(value, list):
+            place = f"config {path}"
             found[key] = [
-                Table(path, lines.of(key, index), lines.within(key, index), each)
+                Given(each, place, lines.of(key, index), lines.within(key, index))
                 if isinstance(each, dict)
-                else _one(action, each, where)
+                else read_words(key, _one(action, each, where), place, lines.of(key))
                 for index, each in enumerate(value)
             ]
-        elif key in TABLES and isinstance(value, dict):
+        elif key in WORDS and isinstance(value, dict):
             raise UserError(f"{where}: there may be several: write [[{key}]]")
         else:
             found[action.dest] = _value(action, value, where)

@@ -6,11 +6,11 @@ What it stands for is a device of the model ``net`` whose `link` is user, pair:N
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from devices.errors import UserError
-from vmm.cli.machine_file import Table
+from vmm.cli.given import Given, Places
 from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
 
 NONE = "none"
@@ -18,7 +18,7 @@ OPTIONS = ("link", "forward", "mac", *OF_ANY_FUNCTION)
 
 
 def nets(
-    given: Sequence[str | Table], taken: Sequence[str], places: dict[str, Table] | None = None
+    given: Sequence[Given], taken: Sequence[str], places: Places | None = None
 ) -> list[DeviceConfig]:
     """The cards; ``none`` stands for no card.
 
@@ -27,23 +27,22 @@ def nets(
 
     Args:
         taken: names of devices that are in use.
-        places: gets the tables among them, by how messages on their devices begin.
+        places: is told where each was given.
 
     Raises:
         UserError: an option is wrong.
     """
     names, made = list(taken), []
     for each in given:
-        if each == NONE:
+        if dict(each.values) == {"link": NONE}:
             continue
         try:
-            made.append(_card(_options(each), names))
+            made.append(_card(dict(each.values), names))
         except UserError as error:
-            where = each.where(str(error)) if isinstance(each, Table) else f"--net {each}"
-            raise UserError(f"{where}: {error}") from error
+            raise each.error(error) from error
         names.append(made[-1].name)
-        if places is not None and isinstance(each, Table):
-            places[f"device '{names[-1]}': "] = each
+        if places is not None:
+            places.add(each, f"device '{names[-1]}': ")
     return made
 
 
@@ -53,31 +52,11 @@ def _card(options: dict[str, Any], taken: Sequence[str]) -> DeviceConfig:
             raise UserError(f"a network card has no option '{key}'; it has {', '.join(OPTIONS)}")
     if options.get("link") in (None, "", NONE):
         raise UserError("a network card needs a 'link': user, pair:NAME or tap:NAME")
+    if isinstance(options.get("forward"), list):
+        options["forward"] = "+".join(map(str, options["forward"]))
     if options["link"] != "user":
         options.setdefault("mac", _own_address())
     return device_from("a network card", "net", options, taken)
-
-
-def _options(given: str | Table) -> dict[str, Any]:
-    values: Mapping[str, Any]
-    if isinstance(given, Table):
-        values = given.values
-        forward = values.get("forward")
-        if isinstance(forward, list):
-            values = {**values, "forward": "+".join(map(str, forward))}
-        return dict(values)
-    link, *pairs = given.split(",")
-    options = {"link": link}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise UserError(f"'{pair}' is not option=value")
-        if key == "forward" and key in options:
-            value = f"{options[key]}+{value}"
-        elif key in options:
-            raise UserError(f"option '{key}' is given twice")
-        options[key] = value
-    return options
 
 
 def _own_address() -> str:

@@ -13,7 +13,8 @@ the image is a Linux kernel (bzImage or vmlinux), a Multiboot 1 kernel, an ELF e
 bits), a boot sector, a flat binary, or the name of a built-in guest (python -m vmm guests); without
 one the built-in default guest boots.
 
-on a terminal, Ctrl-A h shows the escape menu: quit, suspend, snapshot, status.
+on a terminal, Ctrl-A h shows the escape menu: quit, suspend, snapshot, status,
+the size of a balloon.
 
 examples:
   python -m vmm boot
@@ -178,6 +179,15 @@ def add_restore(commands: Any) -> None:
         default="private",
         help="private: on copies of the disks as they were, which end with the run; original: go "
         "on with the files themselves, if nobody wrote to them since (default: private)",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME,OPTION=VALUE[,...]",
+        action="append",
+        default=[],
+        help="another place on this host for the device of this name, beside a machine that has "
+        "the old one: path= of a vsock, disk or 9p, link= and forward= of a network card, log= of "
+        "a console; may be repeated",
     )
     _add_run_options(parser)
     parser.set_defaults(run=_restore)

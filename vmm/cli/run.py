@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 from devices.errors import UserError
 from proxy.jail import JailMode
@@ -12,7 +13,7 @@ from vmm.boot import firmware
 from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
 from vmm.cli.disks import disks
 from vmm.cli.files import read_file
-from vmm.cli.machine_file import Table, naming_lines
+from vmm.cli.given import Given, Places, read_words
 from vmm.cli.nets import nets
 from vmm.cli.output import clean, disk_progress
 from vmm.cli.session import Session, SnapshotPlan
@@ -25,8 +26,8 @@ from vmm.config import (
     debug_exit,
     default_devices,
     device_from,
-    parse_device,
     parse_size,
+    split_options,
 )
 from vmm.machine import Machine
 
@@ -52,16 +53,17 @@ def boot(args: argparse.Namespace) -> int:
         kernel_entry=KernelEntry(args.kernel_entry),
     )
     devices = [debug_exit()] if args.no_default_devices else list(default_devices())
-    places: dict[str, Table] = {}
-    for given in args.device:
+    places = Places()
+    for given in _given("device", args.device):
         devices.append(_device(given, [device.name for device in devices]))
-        if isinstance(given, Table):
-            places[f"device '{devices[-1].name}': "] = given
-    devices += disks(args.disk, [device.name for device in devices], places)
-    devices += nets(args.net, [device.name for device in devices], places)
-    config = MachineConfig(parse_size(args.mem), tuple(devices), ClockKind(args.clock), len(rom))
+        places.add(given, f"device '{devices[-1].name}': ")
+    devices += disks(_given("disk", args.disk), [device.name for device in devices], places)
+    devices += nets(_given("net", args.net), [device.name for device in devices], places)
+    memory, clock = parse_size(args.mem), ClockKind(args.clock)
+    with places.named():
+        config = MachineConfig(memory, tuple(devices), clock, len(rom))
     with Machine(config, host=_host_options(args)) as machine:
-        with naming_lines(places):
+        with places.named():
             machine.build()
         if rom:
             machine.boot_firmware(rom, args.firmware)
@@ -72,18 +74,19 @@ def boot(args: argparse.Namespace) -> int:
         return Session(machine, args, plan).run()
 
 
-def _device(given: str | Table, taken: list[str]) -> DeviceConfig:
-    if isinstance(given, str):
-        return parse_device(given, taken)
+def _given(option: str, texts: list[str | Given]) -> list[Given]:
+    return [read_words(option, each) if isinstance(each, str) else each for each in texts]
+
+
+def _device(given: Given, taken: list[str]) -> DeviceConfig:
     options = dict(given.values)
     model = options.pop("model", None)
     if not isinstance(model, str):
-        where = given.where("'model'")
-        raise UserError(f'{where}: a device needs a model, for example model = "echo"')
+        raise given.error('a device needs a model, for example model = "echo"')
     try:
         return device_from(f"device '{model}'", model, options, taken)
     except UserError as error:
-        raise UserError(f"{given.where(str(error))}: {error}") from error
+        raise given.error(error) from error
 
 
 def restore(args: argparse.Namespace) -> int:
@@ -94,9 +97,23 @@ def restore(args: argparse.Namespace) -> int:
         host=_host_options(args),
         models=args.allow_model,
         disks=args.disks,
+        places=_places(args.device),
         progress=disk_progress(_say_nothing if args.json else _say),
     ) as machine:
         return Session(machine, args, plan).run()
+
+
+def _places(given: list[str]) -> dict[str, dict[str, Any]]:
+    places: dict[str, dict[str, Any]] = {}
+    for text in given:
+        try:
+            name, options = split_options(text, several="forward")
+        except UserError as error:
+            raise UserError(f"--device {text}: {error}") from error
+        if not options:
+            raise UserError(f"--device {text}: write NAME,OPTION=VALUE: a device of the snapshot")
+        places[name] = places.get(name, {}) | options
+    return places
 
 
 def _say(text: str) -> None:

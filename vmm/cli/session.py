@@ -17,7 +17,7 @@ from devices.errors import DeviceError, UserError
 from vmm.cli.aids import UnclaimedTrace, read_symbols
 from vmm.cli.files import read_file
 from vmm.cli.output import Outputs, clean, disk_progress
-from vmm.config import CONSOLE
+from vmm.config import CONSOLE, split_options
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE
@@ -194,6 +194,7 @@ class Session:
             self,
             self.say,
             resized=self._resized,
+            echo=lambda data: self.outputs.write(2, data),
         )
 
     def _resized(self, columns: int, rows: int) -> None:
@@ -327,6 +328,18 @@ class Session:
         from vmm.cli.stats import status_lines
 
         return "\n".join(status_lines(self.machine, monotonic() - self._began))
+
+    def adjust(self, text: str) -> str:
+        if not text.strip():
+            return "nothing was adjusted"
+        try:
+            name, options = split_options(text.strip())
+            if not options:
+                raise UserError("write DEVICE,OPTION=VALUE, for example balloon,pages=8192")
+            self.machine.adjust(name, **options)
+        except (UserError, DeviceError) as error:
+            return f"not adjusted: {error}"
+        return f"adjusted: {text.strip()}"
 
     # The end.
 

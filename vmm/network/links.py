@@ -41,18 +41,19 @@ class Links:
     """The links of one device.
 
     Attributes:
+        device: its name.
         fds: what the device gets, by option.
     """
 
     def __init__(self, device: str, ends: Mapping[str, HostEnd]) -> None:
-        self._device = device
+        self.device = device
         self._ends = ends
         self.fds = {option: end.fd for option, end in ends.items()}
 
     def attach(self, events: EventLoop, log: Callable[[str, str], None]) -> None:
         """See `HostEnd.attach`; `log` is told the device's name, too."""
         for end in self._ends.values():
-            end.attach(events, lambda text: log(self._device, text))
+            end.attach(events, lambda text: log(self.device, text))
 
     def close(self) -> None:
         """See `HostEnd.close`."""

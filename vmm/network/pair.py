@@ -19,8 +19,8 @@ import struct
 from contextlib import suppress
 
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.network.links import Log
+from vmm.opening import HostFileError
 
 _CABLE = b"c"
 _SOCKET_BUFFER = 4 << 20

@@ -15,8 +15,8 @@ from time import monotonic
 
 from devices.virtio.vsock import link
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.network.links import Log
+from vmm.opening import HostFileError
 
 _AT_ONCE = 16
 _BACKLOG = 64

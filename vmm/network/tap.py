@@ -10,8 +10,8 @@ import struct
 
 from devices.virtio.cable import HEADER
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.network.links import Log
+from vmm.opening import HostFileError
 
 TUN = "/dev/net/tun"
 TUNSETIFF, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8

@@ -22,8 +22,8 @@ from time import monotonic
 
 from devices.virtio.link import Forward
 from vmm.events import EventLoop
-from vmm.host_files import HostFileError
 from vmm.network.links import Log
+from vmm.opening import HostFileError
 
 PROGRAM = "passt"
 GUEST, GATEWAY, PREFIX = "10.0.2.15", "10.0.2.2", "24"
