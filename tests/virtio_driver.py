@@ -7,6 +7,7 @@ indirect descriptors, and can be told to break any rule by writing the rings dir
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class LocalRig:
         ram: int = RAM_SIZE,
     ) -> None:
         self._kind, self._options, self._fds = kind, options or {}, fds
-        self.ram: Any = bytearray(ram)
+        self.ram: Any = mmap.mmap(-1, ram)
         self._build()
 
     def _build(self) -> None:

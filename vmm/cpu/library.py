@@ -29,6 +29,26 @@ VERSION = "{UC_VERSION_MAJOR}.{UC_VERSION_MINOR}.{UC_VERSION_PATCH}".format_map(
 _lib = ctypes.CDLL(_binding.uclib._name)
 """A second handle on the loaded library, so that our prototypes disturb nobody else's."""
 
+
+def _map_large_blocks() -> None:
+    """Keep the heap from growing with every engine that is closed.
+
+    An engine has a table of 512 KiB, aligned to 64 bytes. The C library first gives it a mapping
+    of its own, learns from its end that such blocks are short-lived, and puts the next one into
+    the heap; there glibc before 2.38 finds a hole for an aligned block too seldom. The heap of a
+    process that opened thousands of engines became gigabytes of holes, which each fork pays for.
+    Told where the border lies, the C library learns nothing. Sources: mallopt(3), M_MMAP_THRESHOLD;
+    glibc's bug 14581.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have neither the habit nor the function
+        mallopt(_M_MMAP_THRESHOLD, _TABLE_BYTES)
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_TABLE_BYTES = 512 << 10
+_map_large_blocks()
+
 InterruptCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 InvalidCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p)
 InCallback = ctypes.CFUNCTYPE(
