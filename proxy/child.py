@@ -120,7 +120,7 @@ class ChildLoop:
     def _serve_tube(self) -> None:
         """Serve the tube until the lane is opened or the session ends."""
         does_more, idle, synced = self._does_more, self._idle, self._host.turns.write
-        receive, send, buffer = self._end.recv_into, self._end.send, self._buffer
+        receive, answer, buffer = self._end.recv_into, self._host.answer, self._buffer
         readers, writers, host, pending = (
             self._commands.readers,
             self._commands.writers,
@@ -144,11 +144,8 @@ class ChildLoop:
                 size = buffer[1]
                 host.quiet = True
                 value = readers[buffer[2]](_OFFSET.unpack_from(buffer)[0], size)
+                answer(result(headers[size], value))
                 host.quiet = False
-                try:
-                    send(result(headers[size], value))
-                except OSError:
-                    host.unsent += 1
             elif opcode == _WRITE and count == _WRITE_BYTES and active:
                 offset, value = _OFFSET_DATA.unpack_from(buffer)
                 writers[buffer[2]](offset, buffer[1], value)
@@ -156,11 +153,8 @@ class ChildLoop:
                 offset, value = _OFFSET_DATA.unpack_from(buffer)
                 host.quiet = True
                 synced(writers[buffer[2]], offset, buffer[1], value)
+                answer(_OK)
                 host.quiet = False
-                try:
-                    send(_OK)
-                except OSError:
-                    host.unsent += 1
             else:
                 self._rare(count)
                 state = self._session.state
@@ -174,7 +168,7 @@ class ChildLoop:
         if words is None or page is None:
             raise ProtocolFault("a lane that this child does not have")
         readers, writers, host = self._commands.readers, self._commands.writers, self._host
-        does_more, synced = self._does_more, host.turns.write
+        does_more, synced, kept = self._does_more, host.turns.write, host.kept
         unpack, tail, spins = lane.TAKEN_SLOT.unpack_from, self._tail, 0
         flushed = glanced = tail
         head_word, tail_word, value_word, door_word = lane.HEAD, lane.TAIL, lane.VALUE, lane.DOOR
@@ -189,12 +183,16 @@ class ChildLoop:
                 if opcode == _READ:
                     host.quiet = True
                     words[value_word] = readers[region](offset, size)
+                    if kept:
+                        host.send_kept()
                     host.quiet = False
                 elif opcode == _WRITE:
                     writers[region](offset, size, value)
                 else:
                     host.quiet = True
                     synced(writers[region], offset, size, value)
+                    if kept:
+                        host.send_kept()
                     host.quiet = False
                 tail += 1
                 words[tail_word] = tail
@@ -347,6 +345,10 @@ class ChildLoop:
             if not isinstance(answer, m.SnapshotResult):
                 raise
             data = m.Refused(str(error)).encode()
+        if len(data) <= m.MAX_BYTES:
+            self._host.answer(data)
+            return
+        self._host.send_kept()
         try:
             self._tube.send(data)
         except TubeClosed:

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from devices.dma import GuestMemory, Turns
 from proxy import lane
 from proxy import messages as m
+from proxy.tube import MOST_GATHERED, gathered
 
 FLUSH_BYTES = m.MAX_BYTES
+_MOST_KEPT = MOST_GATHERED - 1
 
 
 class ChildHost:
@@ -18,6 +20,10 @@ class ChildHost:
 
     Output is gathered and sent when no command waits, before it fills a message, before an exit
     request and before the answers that promise that nothing is in flight.
+
+    While the machine waits for an answer it needs to hear of interrupts and written pages only with
+    that: each message would wake it for nothing. They are kept for `answer`, and sent before
+    anything else is, so the order of all that this says is that in which it was said.
 
     System calls it makes: sendto (tube), write (doorbell).
 
@@ -41,12 +47,14 @@ class ChildHost:
         self.pending = bytearray()
         self.quiet = True
         """The machine waits for an answer: it will meet upcalls on the way, without a doorbell."""
+        self.kept: list[bytes] = []
+        """Upcalls that go with the answer."""
         self.sent = 0
         self.unsent = 0
         """Messages that could not be sent; the machine is gone then."""
         self.page: memoryview | None = None
         """The lane's page in words of 8 bytes, once it is mapped."""
-        self.turns = Turns(self._wrote_runs, lambda: self._send(m.WantTurn()), finish_work)
+        self.turns = Turns(self._wrote_runs, lambda: self._keep(m.WantTurn()), finish_work)
 
     @property
     def fds(self) -> Mapping[str, int]:
@@ -63,10 +71,10 @@ class ChildHost:
         self.turns.want_work()
 
     def set_irq(self, level: bool, pin: int = 0) -> None:
-        self._send(m.IrqLevel(bool(level), pin))
+        self._keep(m.IrqLevel(bool(level), pin))
 
     def send_msi(self, address: int, data: int) -> None:
-        self._send(m.Msi(data, address))
+        self._keep(m.Msi(data, address))
 
     def wrote_pages(self, first: int, count: int) -> None:
         self._wrote_runs([(first, count)])
@@ -102,22 +110,56 @@ class ChildHost:
 
     def _wrote_runs(self, runs: Sequence[tuple[int, int]]) -> None:
         for start in range(0, len(runs), m.MAX_RUNS):
-            self._send(m.WrotePages(tuple(runs[start : start + m.MAX_RUNS])))
+            self._keep(m.WrotePages(tuple(runs[start : start + m.MAX_RUNS])))
 
-    def _send(self, upcall: m.Message) -> None:
-        data = upcall.encode()
+    def answer(self, data: bytes) -> None:
+        """Send a short answer, and what was kept for it, as one datagram."""
+        kept = self.kept
+        if kept:
+            kept.append(data)
+            data, upcalls = gathered(kept), len(kept) - 1
+            kept.clear()
+            self._post(data, upcalls)
+            return
         try:
             self._end.send(data)
+        except OSError:
+            self.unsent += 1
+
+    def send_kept(self) -> None:
+        """Send what was kept now: the machine gets its answer elsewhere than by `answer`."""
+        kept = self.kept
+        if kept:
+            data, upcalls = gathered(kept), len(kept)
+            kept.clear()
+            self._post(data, upcalls)
+
+    def _keep(self, upcall: m.Message) -> None:
+        if not self.quiet:
+            self._send(upcall)
+            return
+        self.kept.append(upcall.encode())
+        if len(self.kept) == _MOST_KEPT:
+            self.send_kept()
+
+    def _send(self, upcall: m.Message) -> None:
+        if self.kept:
+            self.send_kept()
+        self._post(upcall.encode(), 1)
+        if not self.quiet:
+            self.ring()
+
+    def _post(self, datagram: bytes, upcalls: int) -> None:
+        try:
+            self._end.send(datagram)
         except OSError:
             # The machine is gone. There is nobody to tell; the next receive ends the loop.
             self.unsent += 1
             return
-        self.sent += 1
+        self.sent += upcalls
         if self.page is not None:
-            # After the send: whoever sees the count finds the message in the tube.
+            # After the send: whoever sees the count finds the messages in the tube.
             self.page[lane.UPCALLS] = self.sent
-        if not self.quiet:
-            self.ring()
 
     def ring(self) -> None:
         """Wake the machine's loop."""

@@ -22,9 +22,11 @@ from proxy.events import ProxyEvents
 from proxy.session import MachineSession
 from proxy.tube import (
     DESCRIPTORS,
+    GATHERED,
     Assembler,
     frames,
     receive_datagram,
+    scattered,
     send_with_fds,
     set_receive_deadline,
 )
@@ -135,8 +137,9 @@ class Link:
                 os.read(self.child.doorbell, 4096)
         if self._failing:
             return False
+        last = self.upcalls + most
         try:
-            for _ in range(most):
+            while self.upcalls < last:
                 self._take(socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
@@ -268,6 +271,16 @@ class Link:
         """Handle one datagram; the answer that is waited for, or None."""
         if not datagram:
             raise TubeClosed
+        if datagram[0] != GATHERED:
+            return self._judge_one(datagram)
+        answer = None
+        for message in scattered(datagram):
+            if answer is not None:
+                raise ProtocolFault("a message behind the answer in one datagram")
+            answer = self._judge_one(message)
+        return answer
+
+    def _judge_one(self, datagram: bytes) -> m.Message | None:
         whole = self._assembler.feed(datagram)
         if whole is None:
             if self.session.awaiting is None:

@@ -1,7 +1,8 @@
 """The tube: a socket pair that keeps message borders and can carry descriptors.
 
 A message of up to `MAX_DATAGRAM` bytes is one datagram, as it is. Longer ones travel as chunks:
-`<BxxxII`: 0xF0, the message's total length, this chunk's offset, then the bytes. Descriptors
+`<BxxxII`: 0xF0, the message's total length, this chunk's offset, then the bytes. Several short ones
+can travel in one datagram: 0xF2, then each with its length before it (`<H`). Descriptors
 are announced by a datagram of their own (0xF1, count) and ride on the next; that way the hot path
 may receive by plain `recv`, and whoever does not expect descriptors never holds one: the kernel
 drops what the receiver gave no room for.
@@ -22,9 +23,14 @@ MAX_DATAGRAM = 32 << 10
 """Bytes; well below the default socket buffer, so that a chunk always fits an empty one."""
 CHUNK = 0xF0
 DESCRIPTORS = 0xF1
+GATHERED = 0xF2
+MOST_GATHERED = 7
 MAX_DESCRIPTORS = 16
 _CHUNK_HEADER = struct.Struct("<BxxxII")
 _CHUNK_BYTES = MAX_DATAGRAM - _CHUNK_HEADER.size
+_LENGTH = struct.Struct("<H")
+_FRAMING = 0xF0
+"""First bytes from here on are the tube's own."""
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -36,6 +42,32 @@ def frames(data: bytes) -> Iterator[bytes]:
     for offset in range(0, len(data), _CHUNK_BYTES):
         header = _CHUNK_HEADER.pack(CHUNK, len(data), offset)
         yield header + data[offset : offset + _CHUNK_BYTES]
+
+
+def gathered(messages: Sequence[bytes]) -> bytes:
+    """The datagram that carries up to `MOST_GATHERED` messages; together they must fit in one."""
+    parts = [bytes((GATHERED,))]
+    for message in messages:
+        parts += _LENGTH.pack(len(message)), message
+    return b"".join(parts)
+
+
+def scattered(datagram: bytes) -> list[bytes]:
+    """The messages in a datagram that begins with `GATHERED`.
+
+    Raises:
+        ProtocolFault: it breaks the framing.
+    """
+    messages, place, end = [], 1, len(datagram)
+    while place < end:
+        start = place + _LENGTH.size
+        place = start + _LENGTH.unpack_from(datagram, place)[0] if start <= end else end + 1
+        if not start < place <= end or datagram[start] >= _FRAMING:
+            raise ProtocolFault("malformed messages in one datagram")
+        messages.append(datagram[start:place])
+    if not 1 <= len(messages) <= MOST_GATHERED:
+        raise ProtocolFault(f"{len(messages)} messages in one datagram")
+    return messages
 
 
 class Assembler:
