@@ -1,7 +1,7 @@
 ; x2apic: the local APIC by RDMSR and WRMSR. Flat, started with --mode 64 at 0x100000.
 ; #GP at an MSR that is not there; the APIC's ID and an interrupt to itself in x2APIC mode; CR8 that
-; holds one back; the timer by a deadline of the TSC, ten times. Debug exit 0, or 1 at what went
-; wrong. Without x2APIC in CPUID it says so and halts.
+; holds one back; the timer by a deadline of the TSC; NMIs that wait for each other. Debug exit 0, or
+; 1 at what went wrong. Without x2APIC in CPUID it says so and halts.
 
 %include "inc/ports.inc"
 bits 64
@@ -15,11 +15,13 @@ MSR_X2APIC_ID       equ 0x802
 MSR_X2APIC_TPR      equ 0x808
 MSR_X2APIC_EOI      equ 0x80B
 MSR_X2APIC_SVR      equ 0x80F
+MSR_X2APIC_ICR      equ 0x830
 MSR_X2APIC_TIMER    equ 0x832
 MSR_X2APIC_SELF     equ 0x83F
 MSR_NONE            equ 0x1234          ; no processor has it
 APIC_ENABLED        equ 3 << 10         ; x2APIC mode
 TIMER_DEADLINE      equ 2 << 17
+ICR_NMI             equ 4 << 8          ; to the APIC with ID 0, which is this one
 CPUID_ECX           equ 1 << 21 | 1 << 24
 
 SELF_VECTOR         equ 0x51
@@ -27,6 +29,7 @@ TIMER_VECTOR        equ 0x61
 SPURIOUS_VECTOR     equ 0xFF
 MILLISECOND         equ 1_000_000       ; of a TSC that runs at 1 GHz
 DEADLINES           equ 10
+NMIS                equ 5
 
 %macro expect 3+
         mov     rcx, %2
@@ -63,6 +66,7 @@ section .text
         print   "x2apic: this CPU has none", 10
         halt
 .there:
+        gate    2, nmi
         gate    13, protection_fault
         gate    SELF_VECTOR, self_interrupt
         gate    TIMER_VECTOR, timer_interrupt
@@ -147,6 +151,14 @@ section .text
         cmp     qword [timer_count], DEADLINES
         je      .spin
         print   "x2apic: a deadline kept while it looks at the clock", 10
+
+        ; An NMI in the handler of another waits for its IRET.
+        write_msr MSR_X2APIC_ICR, ICR_NMI
+.nmis:  cmp     qword [nmi_count], NMIS
+        jb      .nmis
+        mov     rax, [nmi_nested]
+        expect  rax, 0, "NMIs within an NMI"
+        print   "x2apic: NMIs one after the other", 10
         exit    0
 .early: print   "WRONG: too early", 10
         exit    1
@@ -189,11 +201,33 @@ protection_fault:
 spurious:
         iretq
 
+; Asks for the next one as long as there are to be more.
+nmi:    push    rax
+        push    rcx
+        push    rdx
+        mov     rax, [nmi_depth]
+        add     [nmi_nested], rax
+        inc     qword [nmi_depth]
+        inc     qword [nmi_count]
+        cmp     qword [nmi_count], NMIS
+        jae     .last
+        write_msr MSR_X2APIC_ICR, ICR_NMI
+.last:  mov     ecx, 1000               ; time enough for it to come too early
+.wait:  loop    .wait
+        dec     qword [nmi_depth]
+        pop     rdx
+        pop     rcx
+        pop     rax
+        iretq
+
 section .data
 align 8
 faults:         dq 0
 self_count:     dq 0
 timer_count:    dq 0
+nmi_count:      dq 0
+nmi_depth:      dq 0
+nmi_nested:     dq 0
 idt_pointer:
         dw      idt_end - idt - 1
         dq      idt

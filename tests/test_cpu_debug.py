@@ -272,37 +272,3 @@ def test_dr4_and_dr5_are_aliases_unless_cr4_de(de: bool) -> None:
             assert bench.vector() == 6
         else:
             assert bench.cpu.get_state().gpr[0] == state.dr[6]
-
-
-# NMI.
-
-
-def test_an_nmi_waits_for_the_shadow_of_mov_ss_and_sti() -> None:
-    """SDM volume 3A, section 6.8.3: so that a stack switch is not torn apart."""
-    with Bench() as bench:
-        state = bench.long()
-        state.gpr[0] = K_DATA
-        bench.start(state, b"\x90\x8e\xd0\x90\xfb\x90\x90")
-        seen = []
-        for _ in range(6):
-            seen.append(bench.cpu.in_shadow())
-            bench.cpu.step()
-        assert seen == [False, False, True, False, True, False]
-        # A budget of one byte ends behind the next instruction, too.
-        bench.cpu.set_state(state)
-        bench.cpu.step(2)
-        assert bench.cpu.in_shadow()
-        assert bench.cpu.run(1).reason is StopReason.BUDGET
-        assert bench.cpu.get_state().rip == CODE + 4
-        assert not bench.cpu.in_shadow()
-
-
-@pytest.mark.xfail(reason="IRET cannot be seen, so nothing would end the block", strict=True)
-def test_a_second_nmi_is_blocked_until_iret() -> None:
-    """SDM volume 3A, section 6.7.1."""
-    with Bench() as bench:
-        bench.start(bench.long(), ENDLESS)
-        bench.cpu.inject_nmi()
-        before = bench.cpu.get_state().gpr[4]
-        bench.cpu.inject_nmi()
-        assert bench.cpu.get_state().gpr[4] == before

@@ -208,10 +208,13 @@ def test_a_software_interrupt_before_is_forgotten() -> None:
         bench.memory.write(HANDLERS + 0x80, b"\x48\xcf")  # iretq
         bench.gate64(0x80)
         state.gpr[1] = 0x10
-        # int 0x80; inc rbx; rdmsr; inc rbx
-        bench.run(state, b"\xcd\x80\x48\xff\xc3" + RDMSR + b"\x48\xff\xc3" + HLT)
+        # int 0x80 twice, since the first one marks pages as accessed, which is Python's;
+        # inc rbx; rdmsr; inc rbx
+        code = b"\xcd\x80\xcd\x80\x48\xff\xc3" + RDMSR + b"\x48\xff\xc3" + HLT
+        bench.run(state, code)
         after = bench.cpu.get_state()
-        assert (after.gpr[0], after.gpr[3], after.rip) == (5, 2, CODE + 11)
+        assert (after.gpr[0], after.gpr[3], after.rip) == (5, 2, CODE + len(code))
+        assert bench.cpu.traps.count == (2 if bench.native else 3)
 
 
 def test_a_single_step_stops_behind_it() -> None:
@@ -237,9 +240,9 @@ def test_the_shadow_of_sti_ends_behind_it() -> None:
         state.gpr[1] = 0x17
         bench.start(state, b"\xfb" + RDMSR + HLT)
         bench.cpu.step()
-        assert bench.cpu.in_shadow()
+        assert bench.cpu.takes_nmi() is None
         bench.cpu.step()
-        assert not bench.cpu.in_shadow()
+        assert bench.cpu.takes_nmi()
         assert bench.cpu.interruptible()
 
 

@@ -271,11 +271,11 @@ def test_machines_count_with_a_virtual_clock(clock: str) -> None:
 def test_an_nmi_in_a_shadow_is_delivered_soon(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Machine(memory="16M", devices=(), clock=clock) as machine:
         machine.boot(b"\xeb\xfe")  # for ever; there is no handler, so an NMI is a triple fault
-        answers, looks = iter([True]), []
+        answers, looks = iter([None]), []
         events = machine.parts.events
         look_within = events.look_within
         monkeypatch.setattr(events, "look_within", lambda s: looks.append(s) or look_within(s))
-        monkeypatch.setattr(machine.parts.cpu, "in_shadow", lambda: next(answers, False))
+        monkeypatch.setattr(machine.parts.cpu, "takes_nmi", lambda: next(answers, True))
         machine.parts.board.irqchip.set_nmi(True)
         assert machine.run(timeout=20).ending is Ending.CRASHED
         assert looks == [WINDOW_SECONDS]

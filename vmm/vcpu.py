@@ -178,10 +178,11 @@ class VcpuLoop:
             return False
         self._clock.resume()  # a suspend, also that of a snapshot, has stopped it
         self._slice, self._waits = UNLIMITED, False
-        if irqchip.nmi_pending() and cpu.in_shadow():
+        takes_nmi = cpu.takes_nmi() if irqchip.nmi_pending() else False
+        if takes_nmi is None:
             self._slice = 1  # to behind the next instruction
             self._events.look_within(WINDOW_SECONDS)
-        elif irqchip.nmi_pending() and irqchip.take_nmi():
+        elif takes_nmi and irqchip.take_nmi():
             self._delivered(cpu.inject_nmi())
         elif irqchip.pending():
             self._offer_interrupt()

@@ -25,6 +25,7 @@ from vmm.cpu.layout import H_SHADOW
 from vmm.cpu.leaving import LEFT, Leaving, places
 from vmm.cpu.library import REG, Engine
 from vmm.cpu.live import hidden_flags, registers
+from vmm.cpu.nmi import NmiBlock
 from vmm.cpu.paging import Linear, Physical
 from vmm.cpu.registers import Registers
 from vmm.cpu.state import CpuState
@@ -38,9 +39,6 @@ __all__ = ["EXCEPTION_COST", "STEP_COST", "Cpu", "Stop", "StopReason"]
 
 STEP_COST = 4
 """What `Cpu.step` adds to the virtual clock for each instruction."""
-
-NMI = 2
-"""The vector of the non-maskable interrupt."""
 
 _STEP_LIMIT = 64 * EXCEPTION_COST
 """Ends a step of an instruction that can never be fetched; more than any block has bytes."""
@@ -94,9 +92,11 @@ class Cpu:
         self._context = context = Context(engine)
         self._physical = Physical(memory, mmio)
         self._linear = Linear(context, self._physical)
-        self._registers = Registers(context, self._budget)
-        low = memory.regions[0]
-        self.traps = traps = Traps(engine, context, self._linear, self._budget, low, tsc=tsc)
+        self._nmi = NmiBlock(context)
+        self._registers = Registers(context, self._budget, self._nmi)
+        self.traps = traps = Traps(
+            engine, context, self._linear, self._budget, memory.regions[0], nmi=self._nmi, tsc=tsc
+        )
         hidden = hidden_flags(context, direct=native)
         install_io(
             engine,
@@ -251,7 +251,7 @@ class Cpu:
             if self._requested:
                 self._requested = False
                 return _REQUESTED
-            if words[3] or (kicked and leaving is not None):
+            if words[3] or (leaving is not None and (kicked or self._nmi.ended_run())):
                 return _BUDGET
             if ended:
                 return _STEPPED if count else _HALT
@@ -330,11 +330,6 @@ class Cpu:
         if self._virq is not None:
             self._virq.disarm()
 
-    def in_shadow(self) -> bool:
-        """Whether STI or MOV SS came just before: then an NMI waits for one more instruction."""
-        self._context.save()
-        return bool(self._context.hidden & H_SHADOW)
-
     def inject(self, vector: int) -> Stop | None:
         """Enter the handler of an external interrupt and wake from HLT.
 
@@ -347,12 +342,18 @@ class Cpu:
         self.traps.inject(vector)
         return self.traps.final
 
+    def takes_nmi(self) -> bool | None:
+        """Whether an NMI can be taken now; None: behind the next instruction. Between runs."""
+        return self._nmi.window()
+
     def inject_nmi(self) -> Stop | None:
         """Enter the handler of a non-maskable interrupt and wake from HLT.
 
-        Only between runs and not `in_shadow`. It does not block further ones until IRET.
+        Only between runs, and only when it `takes_nmi`; it does no more until IRET.
         """
-        return self.inject(NMI)
+        self.halted = False
+        self.traps.inject_nmi()
+        return self.traps.final
 
     def set_a20(self, is_open: bool) -> None:
         """Open or close the A20 gate: closed, address bit 20 is always 0. Also in bus callbacks."""

@@ -31,7 +31,7 @@ _SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP = 0x174, 0x175, 0x176
 
 
 _PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF3))
-_PREFIXES64 = _PREFIXES + bytes(range(0x40, 0x50))
+PREFIXES64 = _PREFIXES + bytes(range(0x40, 0x50))
 
 
 class FastCalls:
@@ -69,7 +69,7 @@ class FastCalls:
         wide = context.hidden & H_CS64
         linear = context.linear_rip()
         code = self._linear.peek(linear, 15)
-        opcode = code.lstrip(_PREFIXES64 if wide else _PREFIXES)
+        opcode = code.lstrip(PREFIXES64 if wide else _PREFIXES)
         return context.rip + len(code) - len(opcode) + 1 if opcode[:1] == wanted else None
 
     def syscall(self, length: int) -> int | None:

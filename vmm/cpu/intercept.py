@@ -1,4 +1,4 @@
-"""Having the engine call us at instructions that it would do wrong: RDMSR, WRMSR and MOV CR8.
+"""Having the engine call us at instructions: RDMSR, WRMSR, MOV CR8, and IRET when that matters.
 
 The engine has what a hypervisor in the guest would use, the intercepts of AMD-V (APM volume 2,
 15.9 to 15.11). They work while a hidden flag says that the CPU runs a nested guest, which the flags
@@ -22,9 +22,8 @@ from vmm.cpu.context import Context
 from vmm.cpu.layout import H_GUEST
 from vmm.cpu.library import HOOK_INTERRUPT, REG, Engine, InterruptCallback, memory_of
 
-READ_CR8, WRITE_CR8, MSR = 0x108, 0x118, 0x17C
+READ_CR8, WRITE_CR8, IRET, MSR = 0x108, 0x118, 0x174, 0x17C
 """What the interrupt hook is called with: 256 and the code of the exit (APM appendix C)."""
-EVENTS = frozenset((READ_CR8, WRITE_CR8, MSR))
 
 VECTOR_PAGE = 1 << 56
 """Guest-physical page whose first word is the block's vector of a virtual interrupt (`virq`)."""
@@ -38,7 +37,9 @@ _MEMORY = VECTOR_PAGE - _MEMORY_SIZE
 
 _RANGES = ((0, 0), (0xC000_0000, 0x800), (0xC001_0000, 0x1000))
 """Of 8192 MSRs each: the first one, and where its two bits are in the map (15.11)."""
-_MSR_INTERCEPT = 1 << 28  # of the word that begins with that of physical interrupts
+_MSR_INTERCEPT = 1 << 28
+IRET_INTERCEPT = 1 << 20
+"""Bits of the word that begins with that of physical interrupts (`instructions`)."""
 _CR8_INTERCEPT = 1 << 8
 
 
@@ -60,6 +61,11 @@ class Intercepts:
         struct.pack_into("<Q", memory, BLOCK - _MEMORY + _MAP_AT, _MEMORY)
         context.engine.map_ram(_MEMORY, _MEMORY_SIZE, memory_of(memory))
         _set(context)
+
+
+def instructions(context: Context) -> int:
+    """Which word of the context has a bit for each kind of instruction that is intercepted."""
+    return context.at.old_exception_w + 6
 
 
 def _allow(memory: mmap.mmap, number: int, bits: int) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 from devices.irqchip.x2apic import FIRST, IA32_APIC_BASE, IA32_TSC_DEADLINE, LAST, MsrFault
 from vmm.cpu.context import RCX, Context
 from vmm.cpu.delivery import INVALID_OPCODE, PROTECTION
+from vmm.cpu.fastcall import PREFIXES64
 from vmm.cpu.intercept import MSR, READ_CR8
 from vmm.cpu.paging import Fault, Linear
 
@@ -87,7 +88,7 @@ class Msrs:
         writes = bool(context.words[context.at.error_code_w]) if event == MSR else event != READ_CR8
         opcode = code.find(_OPCODES[event == MSR, writes])
         length = 2 if event == MSR else 3
-        if not 0 <= opcode <= len(code) - length:
+        if not 0 <= opcode <= len(code) - length or code[:opcode].strip(PREFIXES64 + b"\xf0"):
             raise Fault(INVALID_OPCODE)  # somebody changes the code meanwhile
         if event != MSR:
             register = code[opcode + 2] & 7

@@ -36,6 +36,7 @@ from vmm.cpu.layout import (
 )
 from vmm.cpu.library import REG, memory_of
 from vmm.cpu.msrs import PASSED, READABLE
+from vmm.cpu.nmi import NmiBlock
 from vmm.cpu.state import CpuState, DescriptorTable, Segment
 from vmm.cpu.validate import ATTRIBUTES, SEGMENT_NAMES, validate
 
@@ -61,8 +62,9 @@ _BREAKPOINTS = 32
 class Registers:
     """Reads and writes the whole state of one engine."""
 
-    def __init__(self, context: Context, budget: Budget) -> None:
+    def __init__(self, context: Context, budget: Budget, nmi: NmiBlock) -> None:
         self._context = context
+        self._nmi = nmi
         self._budget = budget
         engine = context.engine
         self._scratch = mmap.mmap(-1, mmap.PAGESIZE)
@@ -126,6 +128,7 @@ class Registers:
             vectors=[engine.read_wide(REG.UC_X86_REG_XMM0 + i, 16).hex() for i in range(16)],
             halted=halted,
             interrupt_shadow=bool(hidden & H_SHADOW),
+            nmi_blocked=self._nmi.holds(),
         )
 
     def load(self, state: CpuState) -> None:
@@ -169,6 +172,9 @@ class Registers:
         context.words[at.old_exception_w] = NONE
         context.hidden = self._hidden(state)
         context.derive_addressing()
+        self._nmi.forget()
+        if state.nmi_blocked:
+            self._nmi.begin()
         context.restore()
         engine.flush_tlb()
         engine.flush_translations()

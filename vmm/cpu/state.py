@@ -95,6 +95,8 @@ class CpuState:
     """The vCPU executed HLT and waits for an interrupt."""
     interrupt_shadow: bool = False
     """One more instruction runs before an interrupt is taken (after STI or MOV SS)."""
+    nmi_blocked: bool = False
+    """No NMI is taken before the next IRET."""
 
     def named(self) -> dict[str, int]:
         """The general-purpose registers, RIP and RFLAGS by name, for reports."""

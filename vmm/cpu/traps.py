@@ -21,7 +21,7 @@ from vmm.cpu.delivery import (
     TripleFault,
 )
 from vmm.cpu.fastcall import FastCalls
-from vmm.cpu.intercept import EVENTS
+from vmm.cpu.intercept import IRET, MSR, READ_CR8, WRITE_CR8
 from vmm.cpu.library import (
     DATA_ERRORS,
     FETCH_ERRORS,
@@ -36,6 +36,7 @@ from vmm.cpu.library import (
 )
 from vmm.cpu.msrs import Msrs
 from vmm.cpu.native import NativeEvents
+from vmm.cpu.nmi import NMI, NmiBlock
 from vmm.cpu.paging import Fault, Linear
 from vmm.cpu.permission import IoPermission
 from vmm.cpu.stop import Stop, StopReason
@@ -51,6 +52,7 @@ class Traps:
 
     Args:
         low: the RAM that begins at guest-physical 0.
+        nmi: told when one is delivered, and of the IRET behind it.
         tsc: see `Cpu`.
 
     Attributes:
@@ -68,6 +70,7 @@ class Traps:
         budget: Budget,
         low: RamRegion,
         *,
+        nmi: NmiBlock,
         tsc: Callable[[], int] | None = None,
     ) -> None:
         self.final: Stop | None = None
@@ -81,6 +84,7 @@ class Traps:
         self.fast = FastCalls(context, linear)
         self._permission = IoPermission(context, linear)
         self.msrs = Msrs(context, linear, tsc)
+        self._nmi = nmi
         self._limit = 0
         self._events: NativeEvents | None = None
         self._install(low)
@@ -96,6 +100,13 @@ class Traps:
         if self._events is None or not self._events.inject(vector):
             self._context.save()
             self.deliver(vector, None, Source.EXTERNAL)
+
+    def inject_nmi(self) -> None:
+        """Deliver an NMI, between two runs, and block further ones."""
+        self.inject(NMI)
+        self._context.save()
+        self._nmi.begin()
+        self._context.restore()
 
     def deliver(self, vector: int, code: int | None, source: Source, note: str = "") -> bool:
         """Deliver into the saved context and load it; True when the run must end."""
@@ -182,11 +193,8 @@ class Traps:
         context = self._context
         context.save()
         words, at = context.words, context.at
-        if vector in EVENTS:
+        if vector > 0xFF:
             ends = self._intercepted(vector)
-        elif vector > 0xFF:
-            self.final = Stop(StopReason.ERROR, f"the engine raised event {vector:#x}")
-            ends = True
         elif words[at.is_software_w]:
             words[at.is_software_w] = 0  # the engine forgets to, and believes it at an intercept
             ends = self.deliver(vector, None, Source.SOFTWARE)
@@ -198,6 +206,14 @@ class Traps:
 
     def _intercepted(self, event: int) -> bool:
         context = self._context
+        if event == IRET:
+            self._nmi.returns()
+            context.restore()
+            self._budget.end()  # an NMI may wait for it
+            return False
+        if event not in (MSR, READ_CR8, WRITE_CR8):
+            self.final = Stop(StopReason.ERROR, f"the engine raised event {event:#x}")
+            return True
         try:
             self.msrs.instruction(event)
         except Fault as fault:

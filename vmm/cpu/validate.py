@@ -78,7 +78,7 @@ def validate(state: CpuState, msrs: Collection[int]) -> None:
     for number, value in state.msrs.items():
         _require(number in msrs, "msrs", f"{number!r} is no register that this CPU keeps")
         _number(f"msrs[{number:#x}]", value, U64)
-    for name in ("halted", "interrupt_shadow"):
+    for name in ("halted", "interrupt_shadow", "nmi_blocked"):
         _require(isinstance(getattr(state, name), bool), name, "neither true nor false")
 
 
