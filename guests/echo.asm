@@ -56,18 +56,7 @@ straddle_failed:
         print   10
         exit    1
 
-; Next xorshift32 value in EAX and EBX.
-random: mov     eax, ebx
-        shl     eax, 13
-        xor     ebx, eax
-        mov     eax, ebx
-        shr     eax, 17
-        xor     ebx, eax
-        mov     eax, ebx
-        shl     eax, 5
-        xor     ebx, eax
-        mov     eax, ebx
-        ret
+%include "inc/random.inc"
 
 ; Write the low ECX bytes of EAX at offset EDI, to the device and to its shadow.
 write:  lea     edx, [edi + ECHO]

@@ -8,6 +8,7 @@ bits 64
 default rel
 org 0x100000
 %include "inc/io.inc"
+%include "inc/expect.inc"
 
 PML4            equ 0x200000            ; three tables, one page each
 USER_PAGE       equ 0x400000            ; ring 3 may touch 2 MiB from here
@@ -31,18 +32,6 @@ MSR_STAR        equ 0xC0000081
 MSR_LSTAR       equ 0xC0000082
 MSR_FMASK       equ 0xC0000084
 EFER_SCE        equ 1 << 0
-
-%macro expect 3+
-        mov     rcx, %2
-        cmp     %1, rcx
-        je      %%good
-        print   "WRONG: ", %3, ": "
-        mov     rax, %1
-        print_hex rax, 16
-        print   10
-        exit    1
-%%good:
-%endmacro
 
 %macro gate 3                           ; vector, handler, attributes
         mov     edi, %1

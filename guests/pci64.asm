@@ -7,6 +7,7 @@ default rel
 org 0x100000
 %include "inc/io.inc"
 %include "inc/pci.inc"
+%include "inc/expect.inc"
 
 LOW_PLACE       equ 0xF6000000
 HIGH_PLACE      equ 0x40_0000_0000      ; 256 GiB
@@ -14,18 +15,6 @@ DIRECTORY       equ 0x200000            ; one page directory of our own
 PRESENT_WRITABLE equ 3
 LARGE           equ 1 << 7
 PATTERN         equ 0x0123456789ABCDEF
-
-%macro expect 3+
-        mov     rcx, %2
-        cmp     %1, rcx
-        je      %%good
-        print   "WRONG: ", %3, ": "
-        mov     rax, %1
-        print_hex rax, 16
-        print   10
-        exit    1
-%%good:
-%endmacro
 
 section .text
         call    serial_init

@@ -118,18 +118,7 @@ place_function:
         jns     .only
         ret
 
-; Next xorshift32 value in EAX and EBX.
-random: mov     eax, ebx
-        shl     eax, 13
-        xor     ebx, eax
-        mov     eax, ebx
-        shr     eax, 17
-        xor     ebx, eax
-        mov     eax, ebx
-        shl     eax, 5
-        xor     ebx, eax
-        mov     eax, ebx
-        ret
+%include "inc/random.inc"
 
 ; ECX = 1, 2 or 4 and EDI = an offset so that the access stays within EAX bytes.
 random_access:

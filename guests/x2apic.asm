@@ -8,6 +8,7 @@ bits 64
 default rel
 org 0x100000
 %include "inc/io.inc"
+%include "inc/expect.inc"
 
 MSR_APIC_BASE       equ 0x1B
 MSR_TSC_DEADLINE    equ 0x6E0
@@ -30,18 +31,6 @@ SPURIOUS_VECTOR     equ 0xFF
 MILLISECOND         equ 1_000_000       ; of a TSC that runs at 1 GHz
 DEADLINES           equ 10
 NMIS                equ 5
-
-%macro expect 3+
-        mov     rcx, %2
-        cmp     %1, rcx
-        je      %%good
-        print   "WRONG: ", %3, ": "
-        mov     rax, %1
-        print_hex rax, 16
-        print   10
-        exit    1
-%%good:
-%endmacro
 
 %macro gate 2                           ; vector, handler
         mov     edi, %1

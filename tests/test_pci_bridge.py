@@ -473,23 +473,32 @@ def test_a_shadow_that_is_not_a_bridges_is_refused(key: str, value: int) -> None
 
 
 class Sized(PciFunction):
-    """Memory and ports of any sizes."""
+    """Memory of both sorts and ports, of any sizes; 0: none."""
 
     model: ClassVar[str] = "sized"
 
-    def __init__(self, memory: int, ports: int) -> None:
-        self.sizes = memory, ports
+    def __init__(self, memory: int, ports: int, prefetchable: int = 0, wide: bool = True) -> None:
+        self.sizes = memory, ports, prefetchable, wide
         super().__init__(FakeHost())
 
     def header(self) -> Header:
-        memory, ports = self.sizes
-        bars = [BarInfo(0, 0, BusType.MMIO, memory)]
+        memory, ports, prefetchable, wide = self.sizes
+        bars = []
+        if memory:
+            bars.append(BarInfo(0, 0, BusType.MMIO, memory))
         if ports:
-            bars.append(BarInfo(1, 1, BusType.PIO, ports))
+            bars.append(BarInfo(1, len(bars), BusType.PIO, ports))
+        if prefetchable:
+            bars.append(BarInfo(2, len(bars), BusType.MMIO, prefetchable, wide, True))
         return Header(1, 2, 0, bars=tuple(bars))
 
 
-FUNCTIONS = st.tuples(st.sampled_from([0x1000, 0x10_0000, 0x80_0000]), st.sampled_from([0, 16]))
+FUNCTIONS = st.tuples(
+    st.sampled_from([0x1000, 0x10_0000, 0x80_0000]),
+    st.sampled_from([0, 16]),
+    st.sampled_from([0, 0x1000, 0x40_0000]),
+    st.booleans(),
+)
 TREES = st.recursive(
     st.lists(FUNCTIONS, max_size=2),
     lambda inner: st.lists(FUNCTIONS | inner, max_size=4),
@@ -529,6 +538,41 @@ def test_everything_is_reachable_after_assigning(tree: list[Any]) -> None:
     assert board.root.collisions == 0
     closed = [line for line in board.root.problems() if "does not pass" not in line]
     assert closed == []
+    for entry in board.mmio:
+        slot = board.slots[entry.owner]
+        if slot.bus:  # each bridge before it has it in the window of its sort
+            before = next(n for n in board.slots if board.root.bus_behind(n) == slot.bus)
+            plain, prefetchable = bridge_windows(board.functions[before].config.values)
+            bars = board.functions[entry.owner].bars()
+            index = board.functions[entry.owner].config.placed.index(entry.range)
+            window = prefetchable if bars[index].prefetchable else plain
+            assert window is not None
+            assert window.start <= entry.start
+            assert entry.end <= window.end
+
+
+def bridge_windows(registers: list[int]) -> list[Range | None]:
+    """That for memory, and that for prefetchable memory; None: closed."""
+    found: list[Range | None] = []
+    for register, upper in ((MEMORY // 4, (0, 0)), (PREFETCHABLE // 4, (10, 11))):
+        value, high = registers[register], [registers[n] << 32 if n else 0 for n in upper]
+        base, limit = high[0] | (value & 0xFFF0) << 16, high[1] | value & 0xFFF0_0000 | 0xF_FFFF
+        found.append(Range(base, limit + 1 - base) if base <= limit else None)
+    return found
+
+
+def test_prefetchable_memory_alone_opens_one_window() -> None:
+    board = Board()
+    board.plug("br3", Slot(9), PciBridge(FakeHost()))
+    behind = board.root.bus_behind("br3")
+    assert behind is not None
+    board.plug("frame buffer", Slot(1, 0, behind), Sized(0, 0, 0x100_0000))
+    assert board.root.assign_resources() == []
+    plain, prefetchable = bridge_windows(board.functions["br3"].config.values)
+    assert plain is None
+    assert prefetchable is not None
+    assert prefetchable.end - prefetchable.start == 0x100_0000
+    assert prefetchable.end <= 1 << 32
 
 
 def test_bus_numbers_are_given_in_depth_first_order() -> None:

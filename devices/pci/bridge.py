@@ -68,13 +68,19 @@ def windows(registers: Sequence[int], bus: BusType) -> list[Range]:
     return [Range(base, limit + 1 - base) for base, limit in found if base <= limit]
 
 
-def window_dword(bus: BusType, window: Range | None) -> tuple[int, bytes]:
-    """The dword index and the bytes that open this window, or close it (None)."""
+def window_dwords(
+    bus: BusType, prefetchable: bool, window: Range | None
+) -> list[tuple[int, bytes]]:
+    """The dword indices and the bytes that open this window, or close it (None)."""
     if bus is BusType.PIO:
         first, last = (0xF000, 0) if window is None else (window.start, window.end - 1)
-        return IO, bytes((first >> 8 & 0xF0, last >> 8 & 0xF0))
+        return [(IO, bytes((first >> 8 & 0xF0, last >> 8 & 0xF0)))]
     first, last = (0xFFF0_0000, 0) if window is None else (window.start, window.end - 1)
-    return MEMORY, (first >> 16 & 0xFFF0 | last & 0xFFF0_0000).to_bytes(4, "little")
+    low = (first >> 16 & 0xFFF0 | last & 0xFFF0_0000).to_bytes(4, "little")
+    if not prefetchable:
+        return [(MEMORY, low)]
+    upper = ((UPPER_BASE, first), (UPPER_LIMIT, last))
+    return [(PREFETCHABLE, low), *((n, (end >> 32).to_bytes(4, "little")) for n, end in upper)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Largest first wastes nothing to alignment, since every size is a power of two and BARs are aligned
 to their size (PCI 3.0, 6.2.5.1). A bridge's window is an entry among the BARs of its bus, as large
-as what is behind it needs. Prefetchable BARs are put among the others: a bridge passes them on
-there as well, and its prefetchable window stays closed.
+as what is behind it needs; prefetchable memory behind it has a window of its own (PCI-to-PCI Bridge
+1.2, 3.2.5.9), below 4 GiB as everything else.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from devices.pci.registers import DWORD
 from devices.pci.topology import Topology
 
 _GRANULE = {BusType.PIO: bridge.IO_GRANULE, BusType.MMIO: bridge.MEMORY_GRANULE}
+_WINDOWS = {BusType.PIO: (False,), BusType.MMIO: (False, True)}
+"""The windows of a bridge on each bus: whether they are for prefetchable memory."""
 _FAR = Range(1 << 40, 1 << 40)
 """Room for trying how large a window must be."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A BAR (`info`) or the window of a bridge (None)."""
+    """A BAR (`info`) or a window of a bridge (None): that for prefetchable memory, or another."""
 
     seat: Seat
     size: int
     align: int
     info: BarInfo | None
+    prefetchable: bool = False
 
 
 class Assignment:
@@ -60,7 +63,8 @@ class Assignment:
             self._set_decode(seat, False)
         self._number(0, 0)
         for bus, window in windows:
-            self._fill(0, bus.kind, window, [entry.range for entry in bus])
+            of_both = _WINDOWS[bus.kind]
+            self._fill(0, bus.kind, of_both, window, [entry.range for entry in bus])
         for seat in seats:
             pin = seat.function.read_config(INTERRUPT) >> 8 & 0xFF
             if 1 <= pin <= PINS:
@@ -81,32 +85,46 @@ class Assignment:
                 self._write(seat, bridge.BUSES, 2, bytes((last,)))
         return last
 
-    def _wanted(self, bus: int, kind: BusType) -> list[_Wanted]:
+    def _wanted(self, bus: int, kind: BusType, sorts: Sequence[bool]) -> list[_Wanted]:
+        """What is to be placed on a bus: of memory what is not prefetchable, what is, or both."""
         found = []
         for seat in self._topology.on_bus(bus):
-            found += [_Wanted(seat, i.size, i.size, i) for i in seat.bars if i.bus is kind]
-            behind = self._wanted(seat.behind, kind) if seat.is_bridge else []
-            if behind:
+            found += [
+                _Wanted(seat, i.size, i.size, i)
+                for i in seat.bars
+                if i.bus is kind and i.prefetchable in sorts
+            ]
+            for sort in sorts if seat.is_bridge else ():
+                behind = self._wanted(seat.behind, kind, (sort,))
+                if not behind:
+                    continue
                 granule = _GRANULE[kind]
                 align = max(granule, *(each.align for each in behind))
                 places = _places(behind, _FAR, ())
                 ends = [p + each.size for p, each in zip(places, behind, strict=True) if p]
                 size = -((_FAR.start - max(ends)) // granule) * granule
-                found.append(_Wanted(seat, size, align, None))
+                found.append(_Wanted(seat, size, align, None, sort))
         return [each for each in found if not each.seat.failed]
 
-    def _fill(self, bus: int, kind: BusType, window: Range | None, taken: list[Range]) -> None:
+    def _fill(
+        self,
+        bus: int,
+        kind: BusType,
+        sorts: Sequence[bool],
+        window: Range | None,
+        taken: list[Range],
+    ) -> None:
         """Place what is on `bus` in `window`, and what is behind that in its windows."""
-        wanted = self._wanted(bus, kind)
+        wanted = self._wanted(bus, kind, sorts)
         nowhere: list[int | None] = [None] * len(wanted)
         places = nowhere if window is None else _places(wanted, window, taken)
-        open_windows: dict[int, Range] = {}
+        open_windows: dict[tuple[int, bool], Range] = {}
         for each, place in zip(wanted, places, strict=True):
             what = "window" if each.info is None else f"BAR {each.info.bar}"
             if each.info is not None:
                 self._write_bar(each.seat, each.info, place or 0)
             elif place is not None:
-                open_windows[each.seat.behind] = Range(place, each.size)
+                open_windows[each.seat.behind, each.prefetchable] = Range(place, each.size)
             if place is None:
                 where = "of its bridge" if window is None else f"{window}"
                 self._homeless.append(
@@ -114,13 +132,11 @@ class Assignment:
                     f"free in the {kind} window {where}"
                 )
         for seat in self._topology.on_bus(bus):
-            if seat.is_bridge and not seat.failed:
-                behind = open_windows.get(seat.behind)
-                if kind is BusType.MMIO:
-                    closed = (0xFFF0).to_bytes(4, "little")
-                    self._write(seat, bridge.PREFETCHABLE, 0, closed)
-                self._write(seat, *_with_offset(bridge.window_dword(kind, behind)))
-                self._fill(seat.behind, kind, behind, [])
+            for sort in sorts if seat.is_bridge and not seat.failed else ():
+                behind = open_windows.get((seat.behind, sort))
+                for register, data in bridge.window_dwords(kind, sort, behind):
+                    self._write(seat, register, 0, data)
+                self._fill(seat.behind, kind, (sort,), behind, [])
 
     def _set_decode(self, seat: Seat, on: bool) -> None:
         spaces = bridge.SPACES if seat.is_bridge else decoded_spaces(seat.bars)
@@ -135,10 +151,6 @@ class Assignment:
             part = address >> 32 * distance & DWORD
             register = bar_register(info.bar) + distance
             self._write(seat, register, 0, part.to_bytes(4, "little"))
-
-
-def _with_offset(dword: tuple[int, bytes]) -> tuple[int, int, bytes]:
-    return dword[0], 0, dword[1]
 
 
 def _places(wanted: Sequence[_Wanted], window: Range, taken: Iterable[Range]) -> list[int | None]:

@@ -12,7 +12,6 @@ import socket
 import struct
 from collections.abc import Callable
 from time import perf_counter
-from types import TracebackType
 from typing import Self
 
 from vmm.boot.options import BootOptions
@@ -155,11 +154,6 @@ class AccessBench:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for close in reversed(self._closers):
             close()

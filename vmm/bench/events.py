@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from time import perf_counter
-from types import TracebackType
 from typing import Self
 
 from devices.bus import Bus, BusType
@@ -112,11 +111,6 @@ class EventBench:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cpu.close()
         self._memory.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from time import perf_counter
-from types import TracebackType
 from typing import Self
 
 from vmm.boot.options import BootOptions, Mode
@@ -77,11 +76,6 @@ class SpeedBench:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._machine.close()
         self._memory.close()
