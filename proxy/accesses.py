@@ -19,11 +19,13 @@ from proxy import lane
 from proxy import messages as m
 from proxy.errors import Misuse
 from proxy.link import Link
-from proxy.machine_lane import BURST, MachineLane
+from proxy.machine_lane import BURST, TURNS, MachineLane
 from proxy.tube import MAX_DATAGRAM
 
 SPINS = range(2000)
 """Looks at the lane (some 0.1 ms) before the slow wait."""
+TURN_SPINS = range(6000)
+"""The same for a turn, which takes longer than a register access."""
 ONE_LOOK = range(1)
 """The same where the child sits on this CPU: it cannot run while we look."""
 
@@ -33,6 +35,7 @@ _RESULT = struct.Struct("<QQ")
 _RESULT_HEADERS = tuple(m.ReadResult.opcode | size << 8 for size in range(9))
 _OK = m.Ok.opcode
 _TICK = BURST - 1
+_TURNS_TICK = TURNS - 1
 
 
 class RegionHandler:
@@ -148,6 +151,23 @@ class Accesses:
                 link.fail("", "Read")
                 return ones[size]
             return slow_read(size, request, None)
+
+        def tube_write(request: bytes | None) -> None:
+            """A synced write by the tube."""
+            try:
+                send(request, dont_wait)  # type: ignore[arg-type]
+                request = None
+                got = receive(buffer)
+            except OSError as error:
+                lost_write(request, error)
+                return
+            except Misuse:
+                raise
+            except BaseException:
+                link.fail("was abandoned in mid-exchange", "SyncedWrite")
+                raise
+            if (got != 1 or buffer[0] != _OK) and not link.finish_write(None, bytes(buffer[:got])):
+                link.dropped_writes += 1
 
         def lost_write(request: bytes | None, error: OSError) -> None:
             """A send (with `request`) or a receive of a synced write did not go through."""
@@ -265,7 +285,7 @@ class Accesses:
                         put(page, where, synceds[size], offset, value)
                         head += 1
                         words[head_word] = head
-                        for _ in spins:
+                        for _ in TURN_SPINS:
                             if words[tail_word] == head:
                                 break
                         else:
@@ -280,27 +300,13 @@ class Accesses:
                         return
                 tubed += 1
                 posted = False
-                request: bytes | None = pack_write(
-                    synceds[size], offset, handler.base + offset, value
-                )
+                shared.stay()
                 try:
-                    send(request, dont_wait)  # type: ignore[arg-type]
-                    request = None
-                    got = receive(buffer)
-                except OSError as error:
-                    lost_write(request, error)
-                    return
-                except Misuse:
-                    raise
-                except BaseException:
-                    link.fail("was abandoned in mid-exchange", "SyncedWrite")
-                    raise
-                if (got != 1 or buffer[0] != _OK) and not link.finish_write(
-                    None, bytes(buffer[:got])
-                ):
-                    link.dropped_writes += 1
-                elif not tubed & _TICK and not shared.shares:
-                    tick()
+                    tube_write(pack_write(synceds[size], offset, handler.base + offset, value))
+                finally:
+                    shared.roam()
+                if not tubed & _TURNS_TICK:
+                    shared.tick_turns()
 
             handler.read, handler.write = read, synced_write if waits else write
             return handler

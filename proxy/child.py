@@ -29,6 +29,11 @@ from proxy.tube import MAX_DATAGRAM, Tube, close_all
 
 POLL_SPINS = 600
 """Empty looks at the ring before the child goes to sleep: some tens of microseconds."""
+TURN_SPINS = 16_000
+"""The same for a device whose writes are turns, about a millisecond: a guest does more between two
+requests than between two accesses to registers."""
+GLANCE = 512
+"""Empty looks after which a device that does more than commands gets at it."""
 FLUSH_MS = 2
 """Quiet time on the tube before gathered output is sent: nobody sees it, and a guest that prints
 character by character wakes the machine once for many."""
@@ -91,6 +96,8 @@ class ChildLoop:
         self._lane_state = 0
         """Generation of the open lane, shifted left by one; 0 while it is closed."""
         self._lane_shares = False
+        turns = any(region.synced for region in device.regions())
+        self._spins = TURN_SPINS if turns else POLL_SPINS
         self._fence = lane.make_fence()
         if page is not None:
             self._words = host.page = memoryview(page).cast("Q")
@@ -174,7 +181,7 @@ class ChildLoop:
         head_word, tail_word, value_word, door_word = lane.HEAD, lane.TAIL, lane.VALUE, lane.DOOR
         ring, last_slot = lane.RING, lane.RING_SLOTS - 1
         shares, give_way = self._lane_shares, os.sched_yield
-        patience, between = (POLL_YIELDS, 1) if shares else (POLL_SPINS, TUBE_SPINS)
+        patience, between = (POLL_YIELDS, 1) if shares else (self._spins, TUBE_SPINS)
         now, quiet_at = time.perf_counter_ns, 0
         host.quiet = False
         while True:
@@ -214,7 +221,7 @@ class ChildLoop:
             ):
                 host.flush()
                 flushed = tail
-            elif does_more and tail - glanced > PATIENCE:
+            elif does_more and (tail - glanced > PATIENCE or not spins % GLANCE):
                 self._look_around(0)
                 glanced = tail
             elif spins >= patience and (not shares or now() > quiet_at):

@@ -12,7 +12,8 @@ Rules that both ends keep:
   closes the lane first. `DOOR` counts such messages, so that a polling child looks at the tube.
 - Who looks at the page in vain spins, if each side has a CPU; on one CPU (`LaneOpen.shares`)
   it gives way to the other (`sched_yield`) after each look, the machine also after each write.
-- The child polls for some tens of looks or microseconds after the last request. Then it announces
+- The child polls for some tens of looks or microseconds after the last request, one whose writes
+  are turns for a millisecond. Then it announces
   that it sleeps (in `STATE`), passes a full fence, looks at the ring once more, waits on the tube
   for one millisecond, looks again, and blocks. A machine that posted a request passes a full fence
   and looks at `STATE`; if it says asleep, `LaneClose` on the tube wakes the child.

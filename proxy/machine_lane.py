@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter_ns
 
 from proxy import lane
@@ -22,8 +22,13 @@ BURST = 16
 """Accesses on the tube between two looks at the clock and the CPU; a power of two."""
 QUICK_NS = 50_000 * BURST
 """`BURST` accesses within this time are worth a lane."""
+TURNS = 4
+TURNS_NS = 400_000 * TURNS
+"""`TURNS` synced writes on the tube within this time are worth a CPU of its own for the child."""
 STRIKES = 4
-"""Slow waits after which a lane is closed: its child does not get the CPU."""
+FORGET_NS = 10_000_000
+"""So many slow waits, each within this time of the one before, close a lane: its child does not get
+the CPU."""
 DENSE_NS = 10_000 * BURST
 """`BURST` accesses on a shared CPU within this time leave the guest next to no time of its own."""
 DENSE_BURSTS = 32
@@ -33,6 +38,8 @@ SLOW_NS = 250_000
 """An exchange on a shared CPU that took so long waited for somebody else's process."""
 YIELDS = 32
 """Looks of a slow wait that only yield the CPU; after these it sleeps between looks."""
+STRIKE_ROUNDS = 8 * YIELDS
+"""Looks, some 0.02 s, after which a slow wait counts once more."""
 BACKOFF_NS = 20_000_000
 BACKOFF_MOST_NS = 1_000_000_000
 """How long a lane stays closed that had to be given up: it doubles from one to the other."""
@@ -74,7 +81,8 @@ class MachineLane:
         self.on_change: Callable[[], None] = lambda: None
         self._generation = 0
         self._door = 0
-        self._strikes = 0
+        self._strikes = self._struck_at = 0
+        self._roaming: set[int] | None = None
         self._backoff_ns = BACKOFF_NS
         self._not_before = dict.fromkeys(Seat, 0)
         self._cpu = -1
@@ -84,8 +92,12 @@ class MachineLane:
         """Whether the child is asleep on its open lane."""
         return self.words is not None and self.words[lane.STATE] == self.dozing
 
-    def open(self) -> bool:
-        """Take accesses through the page from here on; whether it could be."""
+    def open(self, order: Sequence[Seat] = ()) -> bool:
+        """Take accesses through the page from here on; whether it could be.
+
+        Args:
+            order: the seats that will do, the best first; by default both, as they proved before.
+        """
         words, placement, link = self.words, self._placement, self._link
         if words is None or placement is None or self.is_open or link.failed is not None:
             return False
@@ -95,7 +107,7 @@ class MachineLane:
         seat = next(
             (
                 seat
-                for seat in self._order
+                for seat in order or self._order
                 if now >= self._not_before[seat] and placement.grant(self, link.child.pid, seat)
             ),
             None,
@@ -154,12 +166,31 @@ class MachineLane:
         placement = self._placement
         if placement is None or self._link.failed is not None:
             return
-        now = perf_counter_ns()
-        quick = now - self._last_tick < QUICK_NS
-        self._last_tick = now
         self._cpu = placement.follow(self._link.child.pid, self._cpu)
-        if quick:
+        if self._since_last_tick() < QUICK_NS:
             self.open()
+
+    def tick_turns(self) -> None:
+        """Once in `TURNS` synced writes on the tube: open the lane in a burst, if it has a CPU.
+
+        With none the tube is better: whoever waits there leaves its own CPU to the child.
+        """
+        if self._link.failed is None and self._since_last_tick() < TURNS_NS:
+            self.open((Seat.OWN,))
+
+    def _since_last_tick(self) -> int:
+        before, self._last_tick = self._last_tick, perf_counter_ns()
+        return self._last_tick - before
+
+    def stay(self) -> None:
+        """Begin to wait for a turn at the tube, on the CPU of the child; see `Placement.stay`."""
+        if self._placement is not None and self._link.failed is None:
+            self._cpu, self._roaming = self._placement.stay(self._link.child.pid, self._cpu)
+
+    def roam(self) -> None:
+        """End that."""
+        if self._placement is not None:
+            self._placement.roam(self._roaming)
 
     def give_way(self) -> None:
         """Let the child on this CPU run; once in `BURST` accesses, to see whether it pays.
@@ -200,7 +231,7 @@ class MachineLane:
             if monotonic() > end:
                 link.fail(f"did not answer within {link.deadline:g} s", doing)
                 return None
-            if rounds % YIELDS == 0:
+            if rounds % STRIKE_ROUNDS == 0:
                 if link.given_up():
                     link.give_up(doing)
                     return None
@@ -213,7 +244,8 @@ class MachineLane:
         return None
 
     def _strike(self) -> None:
-        self._strikes += 1
+        before, self._struck_at = self._struck_at, perf_counter_ns()
+        self._strikes = self._strikes + 1 if self._struck_at - before < FORGET_NS else 1
         if self._strikes >= STRIKES and self.is_open:
             backoff, seat = self._backoff_ns, Seat.SHARED if self.shares else Seat.OWN
             self.close()

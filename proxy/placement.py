@@ -1,13 +1,14 @@
 """On which CPU a child runs.
 
 - On the tube a child sits on the CPU of the thread that drives it: a wake-up across CPUs costs
-  ten times as much, most of all in a virtual machine.
+  ten times as much, most of all in a virtual machine. A thread that waits for a turn stays there
+  meanwhile (`Placement.stay`), else the answer would wake it on another CPU that is idle.
 - A child that polls its lane gets a CPU of its own if there is one to spare: at most one child
   polls for each CPU beyond the first. One more may poll on the thread's own CPU: there both give
   way to each other (`sched_yield`) between looks, which costs half of a wake-up through a socket.
 
-The children follow the thread; the thread itself is never pinned. A host that forbids moving
-children (`sched_setaffinity` fails) is left as it is.
+The children follow the thread, which is free to go anywhere while the guest runs. A host that
+forbids moving children (`sched_setaffinity` fails) is left as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 
@@ -78,6 +79,24 @@ class Placement:
             _move(pid, {cpu})
         return cpu
 
+    def stay(self, pid: int, last: int) -> tuple[int, set[int] | None]:
+        """Move a child to the calling thread's CPU as `follow` does, and keep the thread there.
+
+        Returns the CPU, and what `roam` is to be told in the end.
+        """
+        if len(self._cpus) == 1:
+            return last, None
+        cpu = self.follow(pid, last)
+        roaming = os.sched_getaffinity(0)
+        if cpu < 0 or len(roaming) == 1 or not _move(0, (cpu,)):
+            return cpu, None
+        return cpu, roaming
+
+    def roam(self, roaming: set[int] | None) -> None:
+        """End `stay`."""
+        if roaming is not None:
+            _move(0, roaming)
+
     def has_seat(self, seat: Seat) -> bool:
         """Whether `grant` may find a seat of this kind."""
         holders = [each for each, held in self._pollers.items() if held is seat]
@@ -104,7 +123,7 @@ class Placement:
         self._pollers.pop(poller, None)
 
 
-def _move(pid: int, cpus: set[int]) -> bool:
+def _move(pid: int, cpus: Collection[int]) -> bool:
     try:
         os.sched_setaffinity(pid, cpus)
     except OSError:

@@ -18,7 +18,7 @@ from devices.contract import Device, DeviceHost, Region
 from proxy import lane
 from proxy.device import GuestRam, ProxyDevice
 from proxy.jail import JailMode
-from proxy.placement import Seat
+from proxy.placement import Placement, Seat
 from proxy.shape import MemoryRegion
 from proxy.warden import Warden
 from vmm.memory import GuestMemory
@@ -142,8 +142,23 @@ def test_what_it_watches_wakes_it(warden: Warden, shared: Seat | None) -> None:
             assert feeder.device.lane.is_open
 
 
+@pytest.mark.skipif(Seat.OWN not in SEATS or not lane.supported(), reason="one CPU")
+def test_it_is_fed_while_it_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it looks at an empty ring before it dozes."""
+    monkeypatch.setattr("proxy.child.POLL_SPINS", 1 << 60)
+    with Warden([Feeder], jail=JailMode.OFF) as made, fed(made, Seat.OWN) as feeder:
+        monkeypatch.undo()
+        os.write(feeder.pipe, b"x")
+        feeder.wait_turn()
+        (handler,) = feeder.device.handlers()
+        handler.write(0, 4, 1)
+        feeder.wait_turn()
+        feeder.device.sleep()
+        assert feeder.events.text == b"xw"
+
+
 @SHARED
-def test_it_is_fed_while_commands_keep_coming(warden: Warden, shared: Seat | None) -> None:
+def test_it_is_fed_while_commands_commands_keep_coming(warden: Warden, shared: Seat | None) -> None:
     with fed(warden, shared) as feeder:
         (handler,) = feeder.device.handlers()
         os.write(feeder.pipe, b"ab")
@@ -205,7 +220,10 @@ def test_a_feeder_that_is_destroyed_is_quiet(warden: Warden) -> None:
 
 @contextmanager
 def probe(
-    warden: Warden, regions: tuple[MemoryRegion, ...] | None, shared: Seat | None = None
+    warden: Warden,
+    regions: tuple[MemoryRegion, ...] | None,
+    shared: Seat | None = None,
+    placement: Placement | None = None,
 ) -> Iterator[tuple[ProxyDevice, GuestMemory, Recorder]]:
     memory, events = GuestMemory(RAM, rom=1 << 20), Recorder()
     ram = memory.for_devices() if regions is None else GuestRam(memory.fd, regions)
@@ -213,7 +231,7 @@ def probe(
     with ProxyDevice(
         child,
         events,
-        placement=Only(shared or Seat.SHARED),
+        placement=placement or Only(shared or Seat.SHARED),
         deadline=20,
         memory=ram,
     ) as device:
@@ -241,6 +259,44 @@ def test_a_synced_write_is_done_and_told_when_it_returns(
         # On a shared CPU it goes by the tube.
         assert bool(stats.lane_accesses) >= (shared is Seat.OWN)
         assert stats.dropped_writes == 0
+
+
+@pytest.mark.skipif(Seat.OWN not in SEATS or not lane.supported(), reason="one CPU")
+def test_turns_in_a_burst_open_the_lane(warden: Warden) -> None:
+    with probe(warden, None, placement=Only(Seat.OWN)) as (device, memory, _):
+        synced, _ = device.handlers()
+        end = monotonic() + PATIENCE
+        while device.stats().lane_accesses < 10:
+            assert monotonic() < end, device.stats()
+            synced.write(0, 4, BODY)
+        assert memory.read(BODY, 1) == b"\xb8"
+
+
+def test_turns_leave_a_shared_cpu_to_the_child(warden: Warden) -> None:
+    with probe(warden, None, placement=Only(Seat.SHARED)) as (device, _, _):
+        for _ in range(300):
+            device.handlers()[0].write(0, 4, BODY)
+        assert device.stats().lane_openings == 0
+
+
+@pytest.mark.skipif(Seat.OWN not in SEATS, reason="one CPU")
+def test_who_waits_for_a_turn_stays_on_its_cpu_meanwhile(warden: Warden) -> None:
+    with probe(warden, None, placement=Placement(lanes=False)) as (device, _, events):
+        free, during = os.sched_getaffinity(0), []
+        assert len(free) > 1
+        events.wrote_pages = (  # type: ignore[method-assign]
+            lambda *_: during.append(os.sched_getaffinity(0))
+        )
+        device.handlers()[0].write(0, 4, BODY)
+        assert [len(cpus) for cpus in during] == [1]
+        assert os.sched_getaffinity(device.pid) == during[0]
+        assert os.sched_getaffinity(0) == free
+        os.sched_setaffinity(0, {min(free)})  # it may be somebody else's wish, too
+        try:
+            device.handlers()[0].write(0, 4, BODY)
+            assert os.sched_getaffinity(0) == {min(free)}
+        finally:
+            os.sched_setaffinity(0, free)
 
 
 def test_a_posted_write_waits_for_its_turn(warden: Warden) -> None:

@@ -17,7 +17,7 @@ from proxy import lane
 from proxy import messages as m
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
-from proxy.machine_lane import BURST, MachineLane
+from proxy.machine_lane import BURST, STRIKES, MachineLane
 from proxy.placement import Seat
 from proxy.warden import Warden
 
@@ -505,3 +505,26 @@ def test_a_page_that_says_asleep_at_each_opening(
             assert device.handlers()[0].read(0, 4) == 7
         assert device.failed is None
         assert device.lane.openings > 1
+
+
+@pytest.mark.parametrize(("apart", "stays"), [(1_000_000, False), (30_000_000, True)])
+def test_slow_waits_close_a_lane_if_they_come_thick(
+    device: ProxyDevice, monkeypatch: pytest.MonkeyPatch, apart: int, stays: bool
+) -> None:
+    """Now and then every process waits for a CPU; a child that gets none is no good at polling."""
+    open_lane(device)
+    (handler,) = device.handlers()
+    now = time.perf_counter_ns()
+
+    def clock() -> int:
+        nonlocal now
+        now += apart
+        return now
+
+    monkeypatch.setattr("proxy.machine_lane.perf_counter_ns", clock)
+    for _ in range(STRIKES):
+        device.lane._strike()
+    assert device.lane.is_open is stays
+    monkeypatch.undo()
+    handler.write(0, 8, 7)
+    assert handler.read(0, 8) == 7
