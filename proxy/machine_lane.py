@@ -25,10 +25,9 @@ QUICK_NS = 50_000 * BURST
 TURNS = 4
 TURNS_NS = 400_000 * TURNS
 """`TURNS` synced writes on the tube within this time are worth a CPU of its own for the child."""
-STRIKES = 4
-FORGET_NS = 10_000_000
-"""So many slow waits, each within this time of the one before, close a lane: its child does not get
-the CPU."""
+LOST_NS, WINDOW_NS = 4_000_000, 50_000_000
+"""Time in slow waits, of so much time, that closes a lane: its child does not get the CPU. One that
+sleeps on the tube gets it at once, and one that polls has used up its share."""
 DENSE_NS = 10_000 * BURST
 """`BURST` accesses on a shared CPU within this time leave the guest next to no time of its own."""
 DENSE_BURSTS = 32
@@ -38,11 +37,10 @@ SLOW_NS = 250_000
 """An exchange on a shared CPU that took so long waited for somebody else's process."""
 YIELDS = 32
 """Looks of a slow wait that only yield the CPU; after these it sleeps between looks."""
-STRIKE_ROUNDS = 8 * YIELDS
-"""Looks, some 0.02 s, after which a slow wait counts once more."""
 BACKOFF_NS = 20_000_000
 BACKOFF_MOST_NS = 1_000_000_000
-"""How long a lane stays closed that had to be given up: it doubles from one to the other."""
+"""How long a lane stays closed that had to be given up: it doubles from one to the other, unless
+there was a long one between."""
 
 
 class MachineLane:
@@ -81,7 +79,7 @@ class MachineLane:
         self.on_change: Callable[[], None] = lambda: None
         self._generation = 0
         self._door = 0
-        self._strikes = self._struck_at = 0
+        self._lost = self._lost_since = 0
         self._roaming: set[int] | None = None
         self._backoff_ns = BACKOFF_NS
         self._not_before = dict.fromkeys(Seat, 0)
@@ -114,7 +112,7 @@ class MachineLane:
         )
         if seat is None:
             return False
-        self._strikes = self._dense = 0
+        self._lost = self._dense = 0
         self._opened_at = words[lane.HEAD]
         self.shares = seat is Seat.SHARED
         if not self._post(m.LaneOpen(int(self.shares), self._generation + 1)):
@@ -131,14 +129,18 @@ class MachineLane:
         """Take accesses through the tube from here on; what is in the ring comes first."""
         if not self.is_open or self._link.session.awaiting is not None:
             return
-        words = self.words
-        long = words is not None and words[lane.HEAD] - self._opened_at >= DENSE_BURSTS * BURST
+        long = self._long()
         self._order = (Seat.OWN, Seat.SHARED) if long else (Seat.SHARED, Seat.OWN)
         self.abandon()
-        self._backoff_ns = BACKOFF_NS
+        if long:
+            self._backoff_ns = BACKOFF_NS
         if self._post(m.LaneClose()) and self._placement is not None:
             self._ring_door()
             self._cpu = self._placement.follow(self._link.child.pid, -1)
+
+    def _long(self) -> bool:
+        words = self.words
+        return words is not None and words[lane.HEAD] - self._opened_at >= DENSE_BURSTS * BURST
 
     def abandon(self) -> None:
         """The lane is of no use any more: the child failed or goes away."""
@@ -203,7 +205,7 @@ class MachineLane:
         dense, self._last_tick = ended - self._last_tick < DENSE_NS, ended
         self._dense = self._dense + 1 if dense else 0
         if ended - began > SLOW_NS:
-            self._strike()
+            self._lose(ended - began)
         elif self._dense >= DENSE_BURSTS:
             self._dense = 0
             if self._placement is not None and self._placement.has_seat(Seat.OWN):
@@ -217,13 +219,14 @@ class MachineLane:
         """
         link, words = self._link, self.words
         end = monotonic() + link.deadline
-        rounds = 0
+        rounds, since = 0, perf_counter_ns()
         while words is not None and link.failed is None:
             tail = words[lane.TAIL]
             if tail > head or tail < head - lane.RING_SLOTS:
                 link.fail("broke the protocol: the shared page counts requests wrongly", doing)
                 return None
             if tail >= least:
+                self._lose(perf_counter_ns() - since)
                 return tail
             if words[lane.STATE] == self.dozing:
                 self.close()
@@ -231,26 +234,31 @@ class MachineLane:
             if monotonic() > end:
                 link.fail(f"did not answer within {link.deadline:g} s", doing)
                 return None
-            if rounds % STRIKE_ROUNDS == 0:
+            rounds += 1
+            if rounds % YIELDS == 0:
                 if link.given_up():
                     link.give_up(doing)
                     return None
-                self._strike()
-            rounds += 1
+                now = perf_counter_ns()
+                self._lose(now - since)
+                since = now
             if rounds < YIELDS:
                 os.sched_yield()
             else:
                 time.sleep(50e-6)
         return None
 
-    def _strike(self) -> None:
-        before, self._struck_at = self._struck_at, perf_counter_ns()
-        self._strikes = self._strikes + 1 if self._struck_at - before < FORGET_NS else 1
-        if self._strikes >= STRIKES and self.is_open:
-            backoff, seat = self._backoff_ns, Seat.SHARED if self.shares else Seat.OWN
+    def _lose(self, ns: int) -> None:
+        """A slow wait has taken so long: give up a lane that loses too much."""
+        now = perf_counter_ns()
+        if now - self._lost_since > WINDOW_NS:
+            self._lost_since, self._lost = now, 0
+        self._lost += ns
+        if self._lost >= LOST_NS and self.is_open:
+            seat = Seat.SHARED if self.shares else Seat.OWN
             self.close()
-            self._not_before[seat] = perf_counter_ns() + backoff
-            self._backoff_ns = min(2 * backoff, BACKOFF_MOST_NS)
+            self._not_before[seat] = now + self._backoff_ns
+            self._backoff_ns = min(2 * self._backoff_ns, BACKOFF_MOST_NS)
 
     def _post(self, command: m.Message) -> bool:
         try:

@@ -17,7 +17,7 @@ from proxy import lane
 from proxy import messages as m
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
-from proxy.machine_lane import BURST, STRIKES, MachineLane
+from proxy.machine_lane import BURST, LOST_NS, MachineLane
 from proxy.placement import Seat
 from proxy.warden import Warden
 
@@ -507,7 +507,7 @@ def test_a_page_that_says_asleep_at_each_opening(
         assert device.lane.openings > 1
 
 
-@pytest.mark.parametrize(("apart", "stays"), [(1_000_000, False), (30_000_000, True)])
+@pytest.mark.parametrize(("apart", "stays"), [(1_000_000, False), (20_000_000, True)])
 def test_slow_waits_close_a_lane_if_they_come_thick(
     device: ProxyDevice, monkeypatch: pytest.MonkeyPatch, apart: int, stays: bool
 ) -> None:
@@ -522,8 +522,8 @@ def test_slow_waits_close_a_lane_if_they_come_thick(
         return now
 
     monkeypatch.setattr("proxy.machine_lane.perf_counter_ns", clock)
-    for _ in range(STRIKES):
-        device.lane._strike()
+    for _ in range(20):
+        device.lane._lose(LOST_NS // 4)
     assert device.lane.is_open is stays
     monkeypatch.undo()
     handler.write(0, 8, 7)
