@@ -44,6 +44,16 @@ def linux(path: Path, isolated: bool) -> Iterator[Shell]:
         yield shell
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["in-process", "jailed"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Shell]]:
+    """A guest for all tests that are content with ports of their own; see `linux`."""
+    path = tmp_path_factory.mktemp("s") / "v"
+    with linux(path, request.param) as shell:
+        yield path, shell
+
+
 class Program(threading.Thread):
     """A program of the host."""
 
@@ -115,27 +125,25 @@ def connect_soon(path: Path, port: int) -> socket.socket:
             sleep(0.1)
 
 
-@EITHER_WAY
-def test_there_and_back(path: Path, isolated: bool) -> None:
+def test_there_and_back(shared: tuple[Path, Shell]) -> None:
+    path, shell = shared
     data = os.urandom(SIZE)
-    with linux(path, isolated) as shell:
-        sender = serving(path, 1, lambda stream: stream.sendall(data))
-        receiver = serving(path, 2, read_all)
-        shell.ask("socat -u VSOCK-CONNECT:2:1 CREATE:/got")
-        assert sender.wait() is None
-        assert hashlib.sha256(data).hexdigest() in shell.ask("sha256sum /got")
-        shell.ask("socat -u OPEN:/got VSOCK-CONNECT:2:2")
-        assert receiver.wait() == data
-        assert "reset by peer" in shell.ask("socat - VSOCK-CONNECT:2:3 </dev/null")
-        echo = serving(path, 4, lambda stream: stream.sendall(read_all(stream)))
-        assert "half-closed" in shell.ask(
-            "echo half-cl_sed | tr _ o | socat -t9 - VSOCK-CONNECT:2:4"
-        )
-        assert echo.wait() is None
+    sender = serving(path, 1, lambda stream: stream.sendall(data))
+    receiver = serving(path, 2, read_all)
+    shell.ask("socat -u VSOCK-CONNECT:2:1 CREATE:/got")
+    assert sender.wait() is None
+    assert hashlib.sha256(data).hexdigest() in shell.ask("sha256sum /got")
+    shell.ask("socat -u OPEN:/got VSOCK-CONNECT:2:2")
+    assert receiver.wait() == data
+    assert "reset by peer" in shell.ask("socat - VSOCK-CONNECT:2:3 </dev/null")
+    echo = serving(path, 4, lambda stream: stream.sendall(read_all(stream)))
+    assert "half-closed" in shell.ask("echo half-cl_sed | tr _ o | socat -t9 - VSOCK-CONNECT:2:4")
+    assert echo.wait() is None
 
 
-@EITHER_WAY
-def test_programs_of_the_host_connect(path: Path, isolated: bool) -> None:
+def test_programs_of_the_host_connect(shared: tuple[Path, Shell]) -> None:
+    path, shell = shared
+
     def talk(number: int) -> bool:
         data = os.urandom(100_000 + number)
         with connect_soon(path, 99) as stream:
@@ -144,15 +152,14 @@ def test_programs_of_the_host_connect(path: Path, isolated: bool) -> None:
             sender.wait()
             return got == data
 
-    with linux(path, isolated) as shell:
-        machine = shell.machine
-        shell.ask("socat VSOCK-LISTEN:99,fork EXEC:cat &")
-        talkers = [Program(lambda n=n: talk(n)) for n in range(6)]  # type: ignore[misc]
-        refused = Program(lambda: connect(path, 98))
-        while any(each.is_alive() for each in (*talkers, refused)):
-            assert machine.run(timeout=0.2).ending is Ending.TIMEOUT
-        assert [each.wait() for each in talkers] == [True] * 6
-        assert isinstance(refused.wait(), ConnectionRefusedError)
+    machine = shell.machine
+    shell.ask("socat VSOCK-LISTEN:99,fork EXEC:cat &")
+    talkers = [Program(lambda n=n: talk(n)) for n in range(6)]  # type: ignore[misc]
+    refused = Program(lambda: connect(path, 98))
+    while any(each.is_alive() for each in (*talkers, refused)):
+        assert machine.run(timeout=0.2).ending is Ending.TIMEOUT
+    assert [each.wait() for each in talkers] == [True] * 6
+    assert isinstance(refused.wait(), ConnectionRefusedError)
 
 
 @EITHER_WAY
@@ -181,7 +188,7 @@ def test_a_restore_ends_connections(path: Path, tmp_path: Path, isolated: bool) 
         again = serving(path, 1, lambda stream: stream.sendall(b"once more\n"))
         assert "once more" in shell.ask("socat -u VSOCK-CONNECT:2:1 -")
         again.wait()
-        shell.ask("(sleep 5; echo from the guest) | socat -u - VSOCK-LISTEN:7 &")
+        shell.ask("(sleep 1; echo from the guest) | socat -u - VSOCK-LISTEN:7 &")
         guest = Program(lambda: read_all(connect_soon(path, 7)))
         while guest.is_alive():
             machine.run(timeout=0.2)
