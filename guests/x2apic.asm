@@ -11,6 +11,7 @@ org 0x100000
 %include "inc/expect.inc"
 
 MSR_APIC_BASE       equ 0x1B
+MSR_TSC             equ 0x10
 MSR_TSC_DEADLINE    equ 0x6E0
 MSR_X2APIC_ID       equ 0x802
 MSR_X2APIC_TPR      equ 0x808
@@ -140,6 +141,28 @@ section .text
         cmp     qword [timer_count], DEADLINES
         je      .spin
         print   "x2apic: a deadline kept while it looks at the clock", 10
+
+        ; A counter that is set back takes the deadline with it.
+        rdtsc
+        add     eax, 3 * MILLISECOND
+        adc     edx, 0
+        mov     ecx, MSR_TSC_DEADLINE
+        wrmsr
+        write_msr MSR_TSC, 0
+        mov     ecx, MSR_TSC_DEADLINE
+        rdmsr
+        shl     rdx, 32
+        or      rax, rdx
+        mov     r12, rax
+.set:   rdtsc
+        cmp     qword [timer_count], DEADLINES + 1
+        je      .set
+        xor     r13d, r13d
+        cmp     rax, r12
+        setae   r13b
+        expect  r13, 1, "the deadline came before its time"
+        expect  rdx, 0, "high half of a counter that was set to 0"
+        print   "x2apic: a counter that was set", 10
 
         ; An NMI in the handler of another waits for its IRET.
         write_msr MSR_X2APIC_ICR, ICR_NMI

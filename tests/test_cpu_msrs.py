@@ -119,6 +119,54 @@ def test_the_time_stamp_counter() -> None:
         assert (after.gpr[0], after.gpr[2]) == (0x7654_3210, 0xFEDC_BA98)
 
 
+RDTSC = b"\x0f\x31"
+
+
+@pytest.mark.parametrize("value", [0, 5, 0xFEDC_BA98_7654_3210, (1 << 64) - 1])
+def test_the_time_stamp_counter_can_be_set(value: int) -> None:
+    clock = iter([1000, 1000 + 7, 1000 + 9, 1000 + 9]).__next__
+    with Bench(tsc=clock) as bench:
+        use(bench, WRMSR + RDTSC, 0x10, value)
+        after = bench.cpu.get_state()
+        assert after.gpr[2] << 32 | after.gpr[0] == value + 7 & (1 << 64) - 1
+        assert after.tsc_offset == value - 1000
+        bench.cpu.set_state(bench.long())
+        after.rip, after.halted = CODE, False
+        bench.run(after, RDTSC + HLT)
+        after = bench.cpu.get_state()
+        assert after.gpr[2] << 32 | after.gpr[0] == value + 9 & (1 << 64) - 1, "it is state"
+
+
+def test_deadlines_are_in_the_time_of_the_counter() -> None:
+    with Bench(tsc=lambda: 1_000_000) as bench:
+        apic = bench.cpu.traps.msrs.apic = FakeApic()
+        apic.values[0x6E0] = 0
+        offset = 100 - 1_000_000
+
+        def write(number: int, value: int) -> None:
+            state = bench.long()
+            state.tsc_offset = offset
+            state.gpr[:3] = [value & 0xFFFF_FFFF, number, value >> 32]
+            bench.run(state, WRMSR + RDMSR + HLT)
+
+        for value, due in ((500, 500 - offset), (0, 0), (1 << 63, (1 << 63) - offset)):
+            write(0x6E0, value)
+            assert apic.values[0x6E0] == due
+            after = bench.cpu.get_state()
+            assert after.gpr[2] << 32 | after.gpr[0] == value
+        # The counter is set: a deadline at 500 of it comes sooner or later than before.
+        write(0x6E0, 500)
+        write(0x10, 300)
+        assert apic.values[0x6E0] == 1_000_000 + 200
+        offset = 300 - 1_000_000
+        write(0x10, 2000)
+        assert apic.values[0x6E0] == 1_000_000 - 1500, "which is past"
+        # One that would be before the beginning of time is past, and not far in the future.
+        offset = 5_000_000
+        write(0x6E0, 500)
+        assert apic.values[0x6E0] == 1
+
+
 def test_the_apic_is_asked() -> None:
     with Bench() as bench:
         apic = bench.cpu.traps.msrs.apic = FakeApic()

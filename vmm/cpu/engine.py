@@ -32,6 +32,7 @@ from vmm.cpu.state import CpuState
 from vmm.cpu.stop import Stop, StopReason
 from vmm.cpu.translations import invalidate
 from vmm.cpu.traps import EXCEPTION_COST, Traps
+from vmm.cpu.tsc import Tsc
 from vmm.cpu.virq import Virq, fields
 from vmm.memory import GuestMemory
 
@@ -59,7 +60,7 @@ class Cpu:
         native: False does without machine code (`native`) and the accelerator.
         counts: False leaves out the count of executed bytes, which costs a tenth of the speed of
             short blocks, until the first run that has a budget; only where the engine allows it.
-        tsc: the time-stamp counter; None leaves RDTSC to the engine, which reads the host's.
+        tsc: clock of the time-stamp counter; None leaves RDTSC to the engine: the host's counter.
 
     Raises:
         CalibrationError: this build of the library cannot be used.
@@ -93,9 +94,11 @@ class Cpu:
         self._physical = Physical(memory, mmio)
         self._linear = Linear(context, self._physical)
         self._nmi = NmiBlock(context)
-        self._registers = Registers(context, self._budget, self._nmi)
+        self._tsc = Tsc(tsc or (lambda: 0))
+        self._registers = Registers(context, self._budget, self._nmi, self._tsc)
+        low = memory.regions[0]
         self.traps = traps = Traps(
-            engine, context, self._linear, self._budget, memory.regions[0], nmi=self._nmi, tsc=tsc
+            engine, context, self._linear, self._budget, low, nmi=self._nmi, tsc=self._tsc
         )
         hidden = hidden_flags(context, direct=native)
         install_io(
@@ -109,7 +112,8 @@ class Cpu:
         )
         install_cpuid(engine, context, traps.fail)
         if tsc is not None:
-            install_tsc(engine, context, tsc, traps.fail, registers(context, direct=native))
+            live = registers(context, direct=native)
+            install_tsc(engine, context, self._tsc.read, traps.fail, live)
         accelerate(engine, self._accelerated)
         self.set_state(CpuState())
 

@@ -19,6 +19,7 @@ from vmm.cpu.delivery import INVALID_OPCODE, PROTECTION
 from vmm.cpu.fastcall import PREFIXES64
 from vmm.cpu.intercept import MSR, READ_CR8
 from vmm.cpu.paging import Fault, Linear
+from vmm.cpu.tsc import Tsc
 
 IA32_TIME_STAMP_COUNTER = 0x10
 READABLE = (0xFE, 0x179, 0xC000_0080, 0xC000_0100, 0xC000_0101)
@@ -59,7 +60,7 @@ class Msrs:
     """Does an intercepted instruction in the saved context.
 
     Args:
-        tsc: the time-stamp counter, which cannot be written.
+        tsc: the time-stamp counter; the APIC's deadlines are in the time of its clock.
 
     Attributes:
         apic: None: there is none, nor its MSRs.
@@ -67,12 +68,12 @@ class Msrs:
         on_unclaimed: called for each with ("read" or "write", number, 8, value).
     """
 
-    def __init__(self, context: Context, linear: Linear, tsc: Callable[[], int] | None) -> None:
+    def __init__(self, context: Context, linear: Linear, tsc: Tsc) -> None:
         self.apic: Apic | None = None
         self.unclaimed_reads = self.unclaimed_writes = 0
         self.on_unclaimed: Callable[[str, int, int, int], None] | None = None
         self._context, self._linear = context, linear
-        self._tsc = tsc or (lambda: 0)
+        self._tsc = tsc
 
     def instruction(self, event: int) -> None:
         """Do the instruction at RIP and go behind it.
@@ -107,12 +108,9 @@ class Msrs:
         number = longs[gpr + RCX] & 0xFFFF_FFFF
         value = 0
         if number == IA32_TIME_STAMP_COUNTER:
-            value = self._tsc()
+            value = self._tsc.read()
         elif number in _APIC and self.apic is not None:
-            try:
-                value = self.apic.read_msr(number)
-            except MsrFault:
-                raise Fault(PROTECTION, 0) from None
+            value = self._read_apic(self.apic, number)
         elif number not in _INERT:
             self.unclaimed_reads += 1
             if self.on_unclaimed is not None:
@@ -125,15 +123,32 @@ class Msrs:
         number = longs[gpr + RCX] & 0xFFFF_FFFF
         value = longs[gpr] & 0xFFFF_FFFF | (longs[gpr + 2] & 0xFFFF_FFFF) << 32
         if number in _APIC and self.apic is not None:
-            try:
-                self.apic.write_msr(number, value)
-            except MsrFault:
-                raise Fault(PROTECTION, 0) from None
-        elif number not in _INERT and number != IA32_TIME_STAMP_COUNTER:
+            self._write_apic(self.apic, number, value)
+        elif number == IA32_TIME_STAMP_COUNTER:
+            deadline = 0 if self.apic is None else self._read_apic(self.apic, IA32_TSC_DEADLINE)
+            self._tsc.write(value)
+            if self.apic is not None and deadline:
+                self._write_apic(self.apic, IA32_TSC_DEADLINE, deadline)
+        elif number not in _INERT:
             self.unclaimed_writes += 1
             if self.on_unclaimed is not None:
                 self.on_unclaimed("write", number, 8, value)
             raise Fault(PROTECTION, 0)
+
+    def _read_apic(self, apic: Apic, number: int) -> int:
+        try:
+            value = apic.read_msr(number)
+        except MsrFault:
+            raise Fault(PROTECTION, 0) from None
+        return self._tsc.from_clock(value) if number == IA32_TSC_DEADLINE and value else value
+
+    def _write_apic(self, apic: Apic, number: int, value: int) -> None:
+        if number == IA32_TSC_DEADLINE and value:
+            value = self._tsc.to_clock(value)
+        try:
+            apic.write_msr(number, value)
+        except MsrFault:
+            raise Fault(PROTECTION, 0) from None
 
     def _move_cr8(self, register: int, writes: bool) -> None:
         longs, apic = self._context.longs, self.apic

@@ -38,6 +38,7 @@ from vmm.cpu.library import REG, memory_of
 from vmm.cpu.msrs import PASSED, READABLE
 from vmm.cpu.nmi import NmiBlock
 from vmm.cpu.state import CpuState, DescriptorTable, Segment
+from vmm.cpu.tsc import Tsc
 from vmm.cpu.validate import ATTRIBUTES, SEGMENT_NAMES, validate
 
 _MSR_CANDIDATES = (
@@ -62,9 +63,10 @@ _BREAKPOINTS = 32
 class Registers:
     """Reads and writes the whole state of one engine."""
 
-    def __init__(self, context: Context, budget: Budget, nmi: NmiBlock) -> None:
+    def __init__(self, context: Context, budget: Budget, nmi: NmiBlock, tsc: Tsc) -> None:
         self._context = context
         self._nmi = nmi
+        self._tsc = tsc
         self._budget = budget
         engine = context.engine
         self._scratch = mmap.mmap(-1, mmap.PAGESIZE)
@@ -129,6 +131,7 @@ class Registers:
             halted=halted,
             interrupt_shadow=bool(hidden & H_SHADOW),
             nmi_blocked=self._nmi.holds(),
+            tsc_offset=self._tsc.offset,
         )
 
     def load(self, state: CpuState) -> None:
@@ -172,6 +175,7 @@ class Registers:
         context.words[at.old_exception_w] = NONE
         context.hidden = self._hidden(state)
         context.derive_addressing()
+        self._tsc.offset = state.tsc_offset
         self._nmi.forget()
         if state.nmi_blocked:
             self._nmi.begin()

@@ -97,6 +97,8 @@ class CpuState:
     """One more instruction runs before an interrupt is taken (after STI or MOV SS)."""
     nmi_blocked: bool = False
     """No NMI is taken before the next IRET."""
+    tsc_offset: int = 0
+    """What the time-stamp counter counts less what its clock says; see `vmm.cpu.tsc`."""
 
     def named(self) -> dict[str, int]:
         """The general-purpose registers, RIP and RFLAGS by name, for reports."""

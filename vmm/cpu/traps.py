@@ -40,6 +40,7 @@ from vmm.cpu.nmi import NMI, NmiBlock
 from vmm.cpu.paging import Fault, Linear
 from vmm.cpu.permission import IoPermission
 from vmm.cpu.stop import Stop, StopReason
+from vmm.cpu.tsc import Tsc
 from vmm.memory import RamRegion
 
 DR6_BS = 1 << 14
@@ -53,7 +54,7 @@ class Traps:
     Args:
         low: the RAM that begins at guest-physical 0.
         nmi: told when one is delivered, and of the IRET behind it.
-        tsc: see `Cpu`.
+        tsc: the time-stamp counter.
 
     Attributes:
         final: the stop that no run goes on from (triple fault), if there was one.
@@ -71,7 +72,7 @@ class Traps:
         low: RamRegion,
         *,
         nmi: NmiBlock,
-        tsc: Callable[[], int] | None = None,
+        tsc: Tsc,
     ) -> None:
         self.final: Stop | None = None
         self.failure: BaseException | None = None

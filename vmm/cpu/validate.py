@@ -78,6 +78,7 @@ def validate(state: CpuState, msrs: Collection[int]) -> None:
     for number, value in state.msrs.items():
         _require(number in msrs, "msrs", f"{number!r} is no register that this CPU keeps")
         _number(f"msrs[{number:#x}]", value, U64)
+    _number("tsc_offset", state.tsc_offset, U64, least=-U64)
     for name in ("halted", "interrupt_shadow", "nmi_blocked"):
         _require(isinstance(getattr(state, name), bool), name, "neither true nor false")
 
@@ -87,9 +88,9 @@ def _require(truth: bool, name: str, why: str) -> None:
         raise UserError(f"CPU state: {name}: {why}")
 
 
-def _number(name: str, value: Any, most: int) -> None:
+def _number(name: str, value: Any, most: int, least: int = 0) -> None:
     _require(type(value) is int, name, "not a number")
-    _require(0 <= value <= most, name, f"{value:#x} is out of range")
+    _require(least <= value <= most, name, f"{value:#x} is out of range")
 
 
 def _numbers(name: str, values: Any, count: int, names: tuple[str, ...]) -> None:
