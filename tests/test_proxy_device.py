@@ -423,6 +423,9 @@ def test_a_mapped_read_does_not_overtake_posted_writes() -> None:
         while data := tube.recv(100):
             if data[0] == m.ReadConfig.opcode:
                 tube.send(m.ReadConfigResult(2).encode())
+            if data[0] == m.Shutdown.opcode:
+                tube.send(m.Ok().encode())
+                return
 
     with child_of(script) as child:
         device = ProxyDevice(child, Recorder(), deadline=5)
