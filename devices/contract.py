@@ -50,6 +50,7 @@ class Region:
             have one, pin 0 is that of the first, pin 1 of the second.
         synced: the guest goes on after a write only when the device has carried it out, with all
             that it told the machine on the way; other writes may be posted.
+        ahead: offset 0 is a port of data that may be read ahead, see `ReadsAhead`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Region:
     start: int | None = None
     irq: int | None = None
     synced: bool = False
+    ahead: bool = False
 
     def range(self) -> Range | None:
         return None if self.start is None else Range(self.start, self.length)
@@ -276,6 +278,26 @@ class TakesGrants(Protocol):
 
     def map_grants(self, area: memoryview) -> None:
         """From now on requests are in this memory, and none in that of the guest."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A model with ports of data (`Region.ahead`) that are read word by word, and many words.
+
+    While a guest does nothing but read such a port, the machine may have the bytes in advance and
+    answer by itself. It tells what was taken before it asks anything else.
+    """
+
+    def ahead(self, region: int) -> bytes:
+        """What reads at offset 0 give next, as far as they change nothing but which bytes are next.
+
+        Nothing is taken by this. Reads are of 2 or 4 bytes, and none goes past the end of it.
+        """
+        ...
+
+    def take_ahead(self, region: int, count: int) -> None:
+        """So many of these bytes were read."""
         ...
 
 

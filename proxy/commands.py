@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 from devices.bus import ALL_ONES, BusDevice
-from devices.contract import Adjustable, Device, TakesGrants, TakesInput
+from devices.contract import Adjustable, Device, ReadsAhead, TakesGrants, TakesInput
 from devices.errors import DeviceError
 from devices.pci.contract import ConfigWriteResult
 from proxy import messages as m
@@ -76,6 +76,7 @@ class Commands:
         self.writers = [each.write for each in handlers]
         self._table: dict[type[m.Message], Callable[[Any], m.Message | None]] = {
             m.Activate: self._activate,
+            m.TakeAhead: self._take_ahead,
             m.ReadConfig: self._read_config,
             m.WriteConfig: self._write_config,
             m.InitPciConfigMapping: self._map_config,
@@ -128,6 +129,14 @@ class Commands:
 
     def _activate(self, _: m.Activate) -> m.Message:
         return m.Activated(shape_of(self._device), self._has_lane)
+
+    def _take_ahead(self, command: m.TakeAhead) -> m.Message:
+        if not isinstance(self._device, ReadsAhead):
+            return m.Ahead(b"")
+        if command.taken:
+            self._device.take_ahead(command.region, command.taken)
+        data = self._device.ahead(command.region) if command.wanted else b""
+        return m.Ahead(data[: m.MAX_BYTES])
 
     def _read_config(self, command: m.ReadConfig) -> m.Message:
         value = ALL_ONES[4] if self._closed else self._device.read_config(command.register)

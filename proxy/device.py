@@ -15,6 +15,7 @@ from devices.pci.contract import CONFIG_REGISTERS, BarInfo, ConfigWriteResult, R
 from proxy import lane as lanes
 from proxy import messages as m
 from proxy.accesses import Accesses
+from proxy.ahead import read_ahead
 from proxy.child_interface import ChildInterface
 from proxy.events import ProxyEvents
 from proxy.link import Link
@@ -69,8 +70,7 @@ class ProxyDevice:
         placement: the machine's CPUs; None leaves the child anywhere and the lane closed.
         memory: guest memory, for a device that does DMA; None gives it none.
         synced: wait until the device has carried out each write, whatever region it is to.
-        map_config: let a PCI function keep its registers in shared memory, so that reads of them
-            need no message.
+        map_config: let a PCI function keep its registers where reads of them need no message.
 
     Raises:
         Misuse: the child interface was used before.
@@ -112,6 +112,7 @@ class ProxyDevice:
             self.lane = MachineLane(link, child.lane if answer.lane else -1, placement)
             self._accesses = Accesses(link, answer.shape, self.lane, synced=synced)
             _tie(link, self.lane, self._accesses)
+            read_ahead(link, answer.shape.regions, self._accesses.handlers)
             self.maps_memory = memory is not None and self.shape.dma
             """Whether it got guest memory."""
             if memory is not None and self.maps_memory:
@@ -164,8 +165,7 @@ class ProxyDevice:
     def stats(self) -> ProxyStats:
         tube, shared = self._accesses.counts()
         link = self._link
-        openings = self.lane.openings
-        return ProxyStats(tube, shared, openings, link.upcalls, link.dropped_writes)
+        return ProxyStats(tube, shared, self.lane.openings, link.upcalls, link.dropped_writes)
 
     # PciConfig.
 

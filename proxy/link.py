@@ -71,6 +71,8 @@ class Link:
         """Told of the failure; not set before the child is a device."""
         self.given_up: Callable[[], bool] = lambda: False
         """Asked every `LOOK` seconds of a wait: whether the machine is to end and will not wait."""
+        self.before: Callable[[], None] = lambda: None
+        """Told before each command, except the accesses and those of the lane."""
         self.on_sent: Callable[[], None] = lambda: None
         """Told after each command, except the accesses and those of the lane."""
         self.on_posted: Callable[[], None] = lambda: None
@@ -98,6 +100,7 @@ class Link:
             DeviceFailure: the device has failed, now or before.
         """
         self.check()
+        self.before()
         kind = type(command)
         data = command.encode()
         self.session.command(kind)
@@ -116,6 +119,7 @@ class Link:
     def post(self, command: m.Message) -> None:
         """Send a command that has no answer; raises as `ask` does."""
         self.check()
+        self.before()
         self.session.command(type(command))
         try:
             self._send(command.encode(), (), monotonic() + self.deadline)

@@ -11,15 +11,28 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from devices.pci.contract import ConfigWriteResult
 from proxy.codec import (
     MAX_BYTES,
     MAX_MESSAGE,
     MAX_TEXT,
     Message,
     PayloadMessage,
-    TextMessage,
     decode,
+)
+from proxy.replies import (
+    Activated,
+    Ahead,
+    InputResult,
+    MappingResult,
+    Ok,
+    Ranges,
+    ReadConfigResult,
+    ReadResult,
+    ReadVirtualConfigResult,
+    Refused,
+    SnapshotResult,
+    WriteConfigResult,
+    check_length,
 )
 from proxy.shape import ClaimedRange, MemoryRegion, Shape
 from proxy.upcalls import (
@@ -38,101 +51,6 @@ from proxy.upcalls import (
 )
 
 _TWO_DWORDS = struct.Struct("<B3xII")
-
-
-def _check_length(length: int, most: int) -> None:
-    if not 1 <= length <= most:
-        raise ValueError(f"length {length} is not 1..{most}")
-
-
-# Replies.
-
-
-class Ok(Message, frozen=True):
-    """Done."""
-
-    opcode = 0x40
-    layout = EMPTY
-
-
-class Refused(TextMessage, frozen=True):
-    """Not done; the device is as it was and the text says why."""
-
-    opcode = 0x41
-
-
-class Activated(Message, frozen=True):
-    """The child is a device now, of this shape; `lane` says that it can poll a shared page."""
-
-    opcode = 0x42
-    shape: Shape
-    lane: bool
-
-
-class ReadResult(Message, frozen=True):
-    """The value that was read, of which the low `length` bytes count."""
-
-    opcode = 0x43
-    layout = struct.Struct("<BB6xQ")
-    length: int
-    data: int
-
-    def __post_init__(self) -> None:
-        _check_length(self.length, 8)
-
-
-class ReadConfigResult(Message, frozen=True):
-    """The dword of a config register."""
-
-    opcode = 0x44
-    layout = DWORD
-    value: int
-
-
-class WriteConfigResult(Message, frozen=True):
-    """What a config write asks the machine to change on its buses."""
-
-    opcode = 0x45
-    result: ConfigWriteResult
-
-
-class MappingResult(Message, frozen=True):
-    """Whether the device keeps the config mapping current from now on."""
-
-    opcode = 0x46
-    layout = struct.Struct("<B?")
-    mapped: bool
-
-
-class ReadVirtualConfigResult(Message, frozen=True):
-    """The value of a virtual config register."""
-
-    opcode = 0x47
-    layout = DWORD
-    value: int
-
-
-class Ranges(Message, frozen=True):
-    """All ranges that the device claims at the moment."""
-
-    opcode = 0x48
-    ranges: tuple[ClaimedRange, ...]
-
-
-class SnapshotResult(Message, frozen=True):
-    """The device's state as plain values."""
-
-    opcode = 0x49
-    limit = MAX_MESSAGE
-    state: Any
-
-
-class InputResult(Message, frozen=True):
-    """How many leading bytes of the input the device took."""
-
-    opcode = 0x4A
-    layout = DWORD
-    accepted: int
 
 
 # Commands.
@@ -162,7 +80,7 @@ class Read(Message, frozen=True):
     address: int
 
     def __post_init__(self) -> None:
-        _check_length(self.length, 8)
+        check_length(self.length, 8)
 
 
 class Write(Message, frozen=True):
@@ -178,7 +96,7 @@ class Write(Message, frozen=True):
     data: int
 
     def __post_init__(self) -> None:
-        _check_length(self.length, 8)
+        check_length(self.length, 8)
 
 
 class SyncedWrite(Write, frozen=True):
@@ -209,8 +127,8 @@ class WriteConfig(Message, frozen=True):
     data: bytes
 
     def __post_init__(self) -> None:
-        _check_length(self.length, 4)
-        _check_length(self.offset + self.length, 4)
+        check_length(self.length, 4)
+        check_length(self.offset + self.length, 4)
 
 
 class InitPciConfigMapping(Message, frozen=True):
@@ -321,6 +239,17 @@ class Adjust(Message, frozen=True):
     options: dict[str, int | str | bool]
 
 
+class TakeAhead(Message, frozen=True):
+    """`taken` bytes of what the device said comes next were read; if `wanted`, say it anew."""
+
+    opcode = 0x18
+    reply = Ahead
+    layout = struct.Struct("<B?xxII")
+    wanted: bool
+    region: int
+    taken: int
+
+
 class Sync(Message, frozen=True):
     """Answer once everything before this was done, and the device has had the turn it wants.
 
@@ -382,18 +311,30 @@ __all__ = [
     "MAX_MESSAGE",
     "MAX_RUNS",
     "MAX_TEXT",
+    "Activated",
+    "Ahead",
     "ClaimedRange",
     "ExitRequest",
+    "InputResult",
     "InputWanted",
     "IrqLevel",
     "LastWords",
     "Log",
+    "MappingResult",
     "MemoryRegion",
     "Message",
     "Msi",
+    "Ok",
     "Output",
+    "Ranges",
+    "ReadConfigResult",
+    "ReadResult",
+    "ReadVirtualConfigResult",
+    "Refused",
     "Shape",
+    "SnapshotResult",
     "WantTurn",
+    "WriteConfigResult",
     "WrotePages",
     "decode",
 ]

@@ -26,6 +26,7 @@ SAMPLES: list[m.Message] = [
     m.Read(8, 1, 2, 3, 1 << 63),
     m.Write(1, 255, 0xFFFF_FFFF, 0, 5, (1 << 64) - 1),
     m.SyncedWrite(8, 0, 1, 2, 3, 4),
+    m.TakeAhead(True, 1, 508),
     m.MapGuestMemory((m.MemoryRegion(0, 4096, 0), m.MemoryRegion(1 << 32, 8192, 4096))),
     m.MapGrants(1 << 24),
     m.ReadConfig(63),
@@ -56,6 +57,7 @@ SAMPLES: list[m.Message] = [
     m.Ranges((m.ClaimedRange(0, BusType.PIO, Range(0x510, 8)),)),
     m.SnapshotResult({"deep": {"er": []}}),
     m.InputResult(2),
+    m.Ahead(b"\0\1"),
     m.IrqLevel(True, 3),
     m.Msi(1, 0xFEE0_0000),
     m.WrotePages(((1, 2), (7, 1))),
@@ -91,7 +93,7 @@ def test_round_trip(message: m.Message) -> None:
 @pytest.mark.parametrize("message", SAMPLES, ids=lambda each: type(each).__name__)
 def test_fixed_and_json_messages_refuse_any_other_length(message: m.Message) -> None:
     data = message.encode()
-    free_form = isinstance(message, (m.Input, m.Output, m.Log, m.Refused, m.LastWords))
+    free_form = isinstance(message, (m.Input, m.Ahead, m.Output, m.Log, m.Refused, m.LastWords))
     for short in range(len(data)):
         if free_form and short >= 1:
             continue

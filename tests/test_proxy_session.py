@@ -26,6 +26,7 @@ COMMANDS: list[m.Message] = [
     m.Read(4, 0, 0, 0, 0),
     m.Write(4, 0, 0, 0, 0, 5),
     m.SyncedWrite(4, 0, 0, 0, 0, 5),
+    m.TakeAhead(True, 0, 0),
     m.ReadConfig(0),
     m.WriteConfig(0, 4, 1, bytes(4)),
     m.InitPciConfigMapping(0, 256),
@@ -53,6 +54,7 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
     m.Read: m.ReadResult,
     m.Write: None,
     m.SyncedWrite: m.Ok,
+    m.TakeAhead: m.Ahead,
     m.ReadConfig: m.ReadConfigResult,
     m.WriteConfig: m.WriteConfigResult,
     m.InitPciConfigMapping: m.MappingResult,
@@ -76,7 +78,7 @@ ANSWERS: dict[type[m.Message], type[m.Message] | None] = {
 
 NOT_AWAKE = {m.Activate, m.Read, m.Write, m.SyncedWrite, m.WriteConfig, m.ReadVirtualConfig}
 NOT_AWAKE |= {m.WriteVirtualConfig, m.MapGuestMemory, m.MapGrants, m.Input, m.Adjust, m.Sync}
-NOT_AWAKE |= {m.LaneOpen}
+NOT_AWAKE |= {m.LaneOpen, m.TakeAhead}
 NOT_THERE = {m.Activate, m.InitPciConfigMapping, m.Snapshot, m.Restore, m.Sleep, m.Wake}
 NOT_THERE |= {m.MapGuestMemory, m.MapGrants, m.Input, m.Adjust, m.LaneOpen}
 FORBIDDEN: dict[State, set[type[m.Message]]] = {

@@ -167,7 +167,7 @@ class Ata(PciFunction):
         for name, command, control, line in zip(
             NAMES, COMMAND_BLOCKS, CONTROL_BLOCKS, LINES, strict=True
         ):
-            regions.append(Region(name, BusType.PIO, 8, command, irq=line))
+            regions.append(Region(name, BusType.PIO, 8, command, irq=line, ahead=True))
             regions.append(Region(f"{name} control", BusType.PIO, 1, control))
         return tuple(regions)
 
@@ -177,6 +177,20 @@ class Ata(PciFunction):
             decoded = partial(self._decoded.__getitem__, number)
             handlers += (CommandBlock(channel, decoded), ControlBlock(channel, decoded))
         return handlers
+
+    def ahead(self, region: int) -> bytes:
+        drive = self._read_by_pio(region)
+        return b"" if drive is None else drive.ahead()
+
+    def take_ahead(self, region: int, count: int) -> None:
+        drive = self._read_by_pio(region)
+        if drive is not None:
+            drive.take_ahead(count)
+
+    def _read_by_pio(self, region: int) -> Drive | None:
+        """The drive that answers at the data port of a command block; None: nothing does."""
+        number = (region - 1) // 2
+        return self.channels[number].drive if self._decoded[number] else None
 
     def config_written(self, register: int) -> None:
         self._decode()

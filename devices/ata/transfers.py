@@ -30,6 +30,8 @@ from devices.ata.registers import (
     Protocol,
 )
 
+WIDEST = 4
+"""Bytes of the widest read of the data port."""
 _WRITES = (Protocol.PIO_OUT, Protocol.DMA_OUT)
 
 
@@ -105,6 +107,17 @@ class Transfers:
         else:
             self._next_in()
         return value
+
+    def ahead(self) -> bytes:
+        """What `read_data` gives next, but for the end of the block, which more comes of."""
+        state = self.state
+        if state.phase is not Phase.IN:
+            return b""
+        return bytes(state.buffer[state.position : -WIDEST])
+
+    def take_ahead(self, count: int) -> None:
+        """So many bytes of that were read."""
+        self.state.position += count
 
     def write_data(self, size: int, value: int) -> None:
         """Bytes of the block that is asked for; without one they go nowhere."""
