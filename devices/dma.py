@@ -65,7 +65,8 @@ class DmaMemory:
 
     def map(self, regions: Sequence[tuple[int, memoryview]]) -> None:
         """From now on RAM is this: (guest-physical address, bytes) of each region."""
-        self._regions = [(start, start + view.nbytes, view) for start, view in regions]
+        largest_first = sorted(regions, key=lambda region: -region[1].nbytes)
+        self._regions = [(start, start + view.nbytes, view) for start, view in largest_first]
 
     def window(self, address: int, length: int) -> memoryview:
         if length >= 0:

@@ -80,9 +80,9 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             if cls.layout is None:
                 return cls._parse(data[1:])
-            message = cls(*cls.layout.unpack(data)[1:])
-            if message.encode() == data:
-                return message
+            values = cls.layout.unpack(data)
+            if cls.layout.pack(*values) == data:
+                return cls(*values[1:])
         except (ValueError, struct.error, RecursionError) as error:
             raise ProtocolFault(f"malformed {cls.__name__}: {error}") from error
         raise ProtocolFault(f"malformed {cls.__name__}: padding is not zero")

@@ -150,10 +150,10 @@ class Topology:
         seat = self.seats.get(slot.number)
         if seat is None or seat.failed or not seat.may_master():
             return False
-        return all(
-            before is not None and self._forwards(before) and before.may_master()
-            for before in self.bridges_before(slot)
-        )
+        for before in self.bridges_before(slot):
+            if before is None or not (self._forwards(before) and before.may_master()):
+                return False
+        return True
 
     def _mark_neighbours(self, slot: Slot) -> None:
         seats = [seat for seat in self.on_bus(slot.bus) if seat.slot.device == slot.device]

@@ -8,6 +8,12 @@ from devices.virtio.packed import PackedRing
 from devices.virtio.queue import SplitRing
 from devices.virtio.ring import QueueState
 
+_PACKED, _INDIRECT, _EVENT_IDX = (  # plain numbers: & of a flag is slow
+    int(Feature.RING_PACKED),
+    int(Feature.INDIRECT_DESC),
+    int(Feature.EVENT_IDX),
+)
+
 
 def open_ring(state: QueueState, memory: GuestMemory, features: int) -> SplitRing | PackedRing:
     """The ring of `state` in guest memory, in the format that the driver's `features` say.
@@ -15,6 +21,5 @@ def open_ring(state: QueueState, memory: GuestMemory, features: int) -> SplitRin
     Raises:
         RingError, DmaFault: the driver put it where no ring can be.
     """
-    kind = PackedRing if features & Feature.RING_PACKED else SplitRing
-    indirect, event_idx = features & Feature.INDIRECT_DESC, features & Feature.EVENT_IDX
-    return kind(state, memory, bool(indirect), bool(event_idx))
+    kind = PackedRing if features & _PACKED else SplitRing
+    return kind(state, memory, bool(features & _INDIRECT), bool(features & _EVENT_IDX))

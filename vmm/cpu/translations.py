@@ -36,6 +36,9 @@ def invalidate(context: Context, ram: Sequence[tuple[int, int]], ranges: Ranges)
     remove = context.engine.remove_translations
     for begin, past in ranges:
         for start, end in ram:
+            if start <= begin < past <= end:
+                remove(_ALIAS | begin, _ALIAS | past)
+                break
             first, last = max(start, begin), min(end, past)
             if first < last:
                 remove(_ALIAS | first, (_ALIAS | first) + last - first)
