@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from cli_rig import VMM, environment
 from network_rig import PATIENCE, free_port, needs_passt
-from test_linux import DIRECTORY, PROMPT, Shell, boot
+from test_linux import DIRECTORY, MAKE_X, PROMPT, Shell, boot
 
 from vmm.bench import linux, network
 from vmm.machine import Machine
@@ -208,7 +208,7 @@ def test_two_machines_on_a_cable() -> None:
             one.card(1)
             other.card(2)
             assert " 0% packet loss" in one.ask("ping -c 2 192.0.2.2")
-            made = "mkdir /w; dd if=/dev/urandom of=/w/data bs=1M count=4 2>/dev/null"
+            made = f"{MAKE_X}; mkdir /w; mv /x /w/data"
             expected = sha256(one.ask(f"{made}; httpd -p 80 -h /w; sha256sum /w/data"))
             got = other.ask("wget -q -O /got http://192.0.2.1/data; sha256sum /got")
             assert sha256(got) == expected
