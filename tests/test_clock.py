@@ -208,9 +208,38 @@ def test_a_host_that_stood_still_for_long_is_not_caught_up_with(
     assert real.now() == 3601 * NS
 
 
+def test_an_alarm_of_the_past_does_not_set_time_back(host: Host, real: RealClock) -> None:
+    """As a guest plans it that writes a low TSC deadline."""
+    real.resume()
+    host.ns += 5 * NS
+    assert real.now() == 5 * NS
+    rang: list[int] = []
+    real.call_at(1, lambda: rang.append(real.now()))
+    assert real.host_due() * NS <= host.ns
+    assert real.now() == 5 * NS
+    assert real.run_due()
+    assert rang == [5 * NS]
+    host.ns += 7
+    assert real.now() == 5 * NS + 7
+
+
+def test_nor_does_one_of_the_time_that_was_skipped(host: Host, real: RealClock) -> None:
+    real.resume()
+    real.call_at(100, lambda: real.call_at(200, lambda: None))
+    host.ns += 3600 * NS
+    assert real.run_due()
+    assert real.now() == 3599 * NS
+    assert real.run_due()
+    assert real.now() == 3599 * NS
+    host.ns += NS
+    assert real.now() == 3601 * NS
+
+
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["pass", "run", "plan", "read", "pause"]), st.integers(0, 3))
+        st.tuples(
+            st.sampled_from(["pass", "run", "plan", "past", "read", "pause"]), st.integers(0, 3)
+        )
     )
 )
 def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]) -> None:
@@ -218,6 +247,10 @@ def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]
     real = RealClock(host.note, host_ns=host.now)
     real.resume()
     began, seen = host.ns, 0
+
+    def plan_again(when: int) -> None:
+        real.call_at(when + 1000, lambda: None)
+
     for what, size in plan:
         match what:
             case "pass":
@@ -229,6 +262,8 @@ def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]
                     assert real.host_due() <= max(host.ns, due - real.now() + host.ns) / NS + 1e-6
             case "plan":
                 real.call_at(seen + 19 * 30 ** (2 * size), lambda: None)
+            case "past":
+                real.call_at(seen >> 5 * size, lambda: plan_again(seen))
             case "pause":
                 real.pause()
                 real.resume()
