@@ -38,6 +38,8 @@ CATCH_UP = 2
 LONGEST_LAG = NS
 """Nanoseconds that guest time lags behind, at most."""
 NEVER = 1 << 63
+END = 1 << 61
+"""Guest time that nobody lives to see: 73 years."""
 _COMPACT = 64
 
 
@@ -352,7 +354,7 @@ class VirtualClock:
 
     def skip_to_next(self) -> bool:
         due = self._alarms.next()
-        if due is None:
+        if due is None or due >= END:
             return False
         self.skip_to(due)
         return True
