@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 
+import msgspec
 import pytest
 from fakes import FakeHost
 from hypothesis import given, settings
@@ -14,7 +16,16 @@ from devices.clock import NS
 from devices.platform.hpet import Hpet
 from devices.platform.pit import Pit
 from devices.platform.rtc import Rtc
-from vmm.clock import NO_ALARM_BUDGET, NS_PER_BYTE, PATIENCE, AlarmHeap, RealClock, VirtualClock
+from vmm.clock import (
+    END,
+    NO_ALARM_BUDGET,
+    NS_PER_BYTE,
+    PATIENCE,
+    AlarmHeap,
+    ClockState,
+    RealClock,
+    VirtualClock,
+)
 from vmm.events import FAR, EventLoop
 
 # The heap.
@@ -208,9 +219,38 @@ def test_a_host_that_stood_still_for_long_is_not_caught_up_with(
     assert real.now() == 3601 * NS
 
 
+def test_an_alarm_of_the_past_does_not_set_time_back(host: Host, real: RealClock) -> None:
+    """As a guest plans it that writes a low TSC deadline."""
+    real.resume()
+    host.ns += 5 * NS
+    assert real.now() == 5 * NS
+    rang: list[int] = []
+    real.call_at(1, lambda: rang.append(real.now()))
+    assert real.host_due() * NS <= host.ns
+    assert real.now() == 5 * NS
+    assert real.run_due()
+    assert rang == [5 * NS]
+    host.ns += 7
+    assert real.now() == 5 * NS + 7
+
+
+def test_nor_does_one_of_the_time_that_was_skipped(host: Host, real: RealClock) -> None:
+    real.resume()
+    real.call_at(100, lambda: real.call_at(200, lambda: None))
+    host.ns += 3600 * NS
+    assert real.run_due()
+    assert real.now() == 3599 * NS
+    assert real.run_due()
+    assert real.now() == 3599 * NS
+    host.ns += NS
+    assert real.now() == 3601 * NS
+
+
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["pass", "run", "plan", "read", "pause"]), st.integers(0, 3))
+        st.tuples(
+            st.sampled_from(["pass", "run", "plan", "past", "read", "pause"]), st.integers(0, 3)
+        )
     )
 )
 def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]) -> None:
@@ -218,6 +258,13 @@ def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]
     real = RealClock(host.note, host_ns=host.now)
     real.resume()
     began, seen = host.ns, 0
+    skipped = False
+
+    def plan_again() -> None:
+        nonlocal skipped
+        skipped = True  # perhaps past what it plans now
+        real.call_at(seen + 1000, lambda: None)
+
     for what, size in plan:
         match what:
             case "pass":
@@ -229,11 +276,15 @@ def test_real_time_never_goes_back_nor_past_an_alarm(plan: list[tuple[str, int]]
                     assert real.host_due() <= max(host.ns, due - real.now() + host.ns) / NS + 1e-6
             case "plan":
                 real.call_at(seen + 19 * 30 ** (2 * size), lambda: None)
+            case "past":
+                real.call_at(seen >> 5 * size, plan_again)
             case "pause":
                 real.pause()
                 real.resume()
         now = real.now()
         assert seen <= now <= host.ns - began
+        if skipped:
+            seen, skipped = now, False
         due = real.next_alarm()
         assert due is None or now <= max(due + PATIENCE, seen)
         seen = now
@@ -351,6 +402,19 @@ def test_halted_guest_jumps_to_the_next_alarm(code: Code, virtual: VirtualClock)
 
 
 # Determinism: a guest of blocks that programs timers, under a loop that is stopped at will.
+
+
+def test_what_no_run_will_see_is_waited_for(code: Code, virtual: VirtualClock) -> None:
+    """A guest may plan at any time of 63 bits; one that was skipped to could not be saved."""
+    virtual.call_at(END - 1, lambda: None)
+    assert virtual.skip_to_next()
+    assert virtual.run_due()
+    virtual.call_at((1 << 63) - 1, lambda: None)
+    assert not virtual.skip_to_next()
+    code.bytes += 1000
+    assert not virtual.run_due()
+    assert virtual.now() == END - 1 + 1000
+    assert msgspec.convert(asdict(virtual.snapshot()), ClockState) == virtual.snapshot()
 
 
 class Board:

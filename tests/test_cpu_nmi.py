@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from cpu_bench import CODE, HANDLERS, K_DATA, Bench
 
-from vmm.cpu.engine import StopReason
+from vmm.cpu.engine import STEP_COST, StopReason
 from vmm.cpu.state import CpuState
 
 
@@ -89,6 +89,29 @@ def test_the_run_ends_at_the_iret_of_an_nmi(counts: bool) -> None:
         assert cpu.get_state().rip == CODE
         assert cpu.takes_nmi()
         assert not cpu.get_state().nmi_blocked
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_step_executes_the_iret(counts: bool, native: bool) -> None:
+    with Bench(counts=counts, native=native) as bench:
+        nmis(bench, b"\x48\xff\xc3\x48\xcf")  # inc rbx; iretq
+        cpu = bench.cpu
+        for count in (1, 3):
+            cpu.inject_nmi()
+            before = cpu.executed
+            if count == 1:
+                cpu.step()
+                cpu.step()
+                assert cpu.get_state().rip == CODE
+                assert cpu.takes_nmi()
+                cpu.step()
+            else:
+                cpu.step(3)
+            assert cpu.get_state().rip == CODE + 3
+            assert cpu.executed == before + 3 * STEP_COST
+            cpu.step()
+        assert cpu.get_state().gpr[1:4:2] == [2, 2]
 
 
 def test_an_iret_without_an_nmi_before_it_ends_nothing() -> None:

@@ -9,7 +9,8 @@ from typing import NoReturn
 import pytest
 from cpu_bench import CODE, KERNEL_STACK, MMIO, PORT, Bench
 
-from vmm.cpu.engine import StopReason
+from vmm.cpu.budget import Budget
+from vmm.cpu.engine import STEP_COST, StopReason
 from vmm.cpu.state import CpuState, Segment
 
 COUNTER = 0x30000
@@ -175,6 +176,24 @@ def test_step_counts_instructions(native: bool) -> None:
         bench.start(bench.long(), code)
         assert bench.cpu.step(3).reason is StopReason.BUDGET
         assert bench.cpu.get_state().rip == CODE + 11
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_kick_does_not_swallow_a_step(counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bench(counts=counts) as bench:
+        cpu = bench.cpu
+        arm, kicks = Budget.arm, iter((True, False) * 3)
+
+        def kicked(budget: Budget, amount: int) -> None:
+            arm(budget, amount)
+            if next(kicks):
+                cpu._budget.end()  # what is left of a kick that is under way now
+
+        bench.start(bench.long(), b"\x48\xff\xc1" * 3)  # inc rcx
+        monkeypatch.setattr(Budget, "arm", kicked)
+        cpu.step(3)
+        after = cpu.get_state()
+        assert (after.gpr[1], after.rip, cpu.executed) == (3, CODE + 9, 3 * STEP_COST)
 
 
 def test_step_counts_in_code_that_has_run_before() -> None:

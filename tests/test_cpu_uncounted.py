@@ -250,7 +250,7 @@ def test_it_is_found_at_the_end_of_the_heap(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_where_it_cannot_be_seen_blocks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "places", lambda: None)
+    monkeypatch.setattr(leaving, "places", lambda: None)
     with Bench(counts=False) as bench:
         assert bench.cpu.counts
         assert bench.run(bench.long(), b"\x90\xf4").reason is StopReason.HALT

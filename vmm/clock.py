@@ -38,6 +38,8 @@ CATCH_UP = 2
 LONGEST_LAG = NS
 """Nanoseconds that guest time lags behind, at most."""
 NEVER = 1 << 63
+END = 1 << 61
+"""Guest time that nobody lives to see: 73 years."""
 _COMPACT = 64
 
 
@@ -168,6 +170,8 @@ class RealClock:
         """Host and guest time from which on it catches up."""
         self._plain_until = 0
         """Up to here guest time is host time and the offset, nothing else."""
+        self._reached = 0
+        """Guest time never goes back behind this, also not to wait for an alarm of the past."""
         self._stopped_at = 0
         self._host_due = FAR
 
@@ -187,7 +191,11 @@ class RealClock:
             self._look_ahead()
             return now
         self._overdue()
-        return due + PATIENCE
+        return min(now, self._patience_ends(due))
+
+    def _patience_ends(self, due: int) -> int:
+        """Up to when guest time passes while an alarm has not rung."""
+        return max(due + PATIENCE, self._reached)
 
     def _catching_up(self, host: int, offset: int) -> int:
         now = host + offset
@@ -197,6 +205,7 @@ class RealClock:
         return now
 
     def call_at(self, when: int, callback: Callable[[], None]) -> Alarm:
+        self._reached = max(self._reached, self.now())
         alarm = self._alarms.add(when, callback)
         if self._offset is not None:
             self._plain_until = min(self._plain_until, when + PATIENCE)
@@ -222,11 +231,12 @@ class RealClock:
         ran = False
         if due is not None:
             host = self._host_ns()
-            now = min(self._catching_up(host, offset), due + PATIENCE)
+            now = min(self._catching_up(host, offset), self._patience_ends(due))
             if now >= due:
                 lag = host + offset - now
                 if lag > LONGEST_LAG:
                     now += lag - LONGEST_LAG
+                self._reached = now
                 self._lags_since = (host, now) if lag > 0 else None
                 ran = self._alarms.run(now)
         self._look_ahead()
@@ -255,7 +265,7 @@ class RealClock:
     def start_at(self, now: int) -> None:
         running = self._offset is not None
         self.pause()
-        self._stopped_at = now
+        self._stopped_at = self._reached = now
         if running:
             self.resume()
 
@@ -344,7 +354,7 @@ class VirtualClock:
 
     def skip_to_next(self) -> bool:
         due = self._alarms.next()
-        if due is None:
+        if due is None or due >= END:
             return False
         self.skip_to(due)
         return True

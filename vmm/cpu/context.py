@@ -104,6 +104,13 @@ class Context:
     def control(self, number: int) -> int:
         return self.longs[self.at.cr + number]
 
+    def set_a20(self, is_open: bool) -> None:
+        """Address bit 20 is the CPU's, or always 0; at once."""
+        self.save()
+        self.words[self.at.a20_w] = NONE if is_open else NONE & ~(1 << 20)
+        self.restore()
+        self.engine.flush_tlb()
+
     def linear_rip(self) -> int:
         """The linear address of the next instruction."""
         if self.hidden & H_CS64:

@@ -20,9 +20,9 @@ from devices.bus import Bus
 from vmm.cpu.accelerator import accelerate, available
 from vmm.cpu.access import install_cpuid, install_io, install_tsc
 from vmm.cpu.budget import NO_LIMIT, Budget
-from vmm.cpu.context import F_IF, NONE, Context
+from vmm.cpu.context import F_IF, Context
 from vmm.cpu.layout import H_SHADOW
-from vmm.cpu.leaving import LEFT, Leaving, places
+from vmm.cpu.leaving import LEFT, leaving_of, places
 from vmm.cpu.library import REG, Engine
 from vmm.cpu.live import hidden_flags, registers
 from vmm.cpu.nmi import NmiBlock
@@ -48,6 +48,7 @@ _BUDGET = Stop(StopReason.BUDGET)
 _HALT = Stop(StopReason.HALT)
 _REQUESTED = Stop(StopReason.REQUESTED)
 _STEPPED = Stop(StopReason.BUDGET)
+_RETURNS = Stop(StopReason.BUDGET)  # before the IRET that ends an NMI
 
 
 class Cpu:
@@ -79,15 +80,14 @@ class Cpu:
         self.halted = False
         self._kicked = False
         self._requested = False
-        self._running = False
-        self._stepping = False
+        self._running = self._stepping = False
         self._virq: Virq | None = None
         self._regions = [(region.start, region.end) for region in memory.regions]
         self._engine = engine = Engine()
         for region in memory.regions:
             engine.map_ram(region.start, region.size, region.address)
         self._accelerated = native and available()
-        self._leaving = None if counts or not self._accelerated else _leaving(engine)
+        self._leaving = None if counts or not self._accelerated else leaving_of(engine)
         self._budget = Budget(engine, native, self._leaving)
         self._words = self._budget.words
         self._context = context = Context(engine)
@@ -198,11 +198,10 @@ class Cpu:
         clock advances by `STEP_COST` for each instruction.
         """
         for _ in range(count):
-            self._kicked = False  # exact means exact; whoever kicked looks again by himself
             before = self._words[0]
             # A counted run does not tell whether it ended by its count or by HLT.
             after_halt = self.traps.fast.after(b"\xf4")
-            stop = self._run(_STEP_LIMIT, 1)
+            stop = self._step()
             self._words[0] = before + STEP_COST
             if stop is not _STEPPED:
                 return stop
@@ -210,6 +209,15 @@ class Cpu:
                 self.halted = True
                 return _HALT
         return _BUDGET
+
+    def _step(self) -> Stop:
+        """One instruction, also if somebody kicks meanwhile, or it is the IRET of an NMI."""
+        while True:
+            self._kicked = False  # whoever kicked looks again by himself
+            before = self._words[0]
+            stop = self._run(_STEP_LIMIT, 1)
+            if stop is not _RETURNS and (stop is not _BUDGET or self._words[0] != before):
+                return stop
 
     def _run(self, budget: int, count: int) -> Stop:
         traps = self.traps
@@ -255,7 +263,9 @@ class Cpu:
             if self._requested:
                 self._requested = False
                 return _REQUESTED
-            if words[3] or (leaving is not None and (kicked or self._nmi.ended_run())):
+            if self._nmi.ended_run():
+                return _RETURNS
+            if words[3] or (leaving is not None and kicked):
                 return _BUDGET
             if ended:
                 return _STEPPED if count else _HALT
@@ -300,8 +310,7 @@ class Cpu:
         """Whether an external interrupt can be taken now: IF is set, and no shadow."""
         context = self._context
         context.save()
-        at = context.at
-        return bool(context.words[at.eflags_w] & F_IF and not context.words[at.hflags_w] & H_SHADOW)
+        return bool(context.system_flags & F_IF and not context.hidden & H_SHADOW)
 
     def deliver_by(self, acknowledge: Callable[[], int]) -> None:
         """Have interrupts delivered within a run, in the moment that the guest takes them.
@@ -361,11 +370,7 @@ class Cpu:
 
     def set_a20(self, is_open: bool) -> None:
         """Open or close the A20 gate: closed, address bit 20 is always 0. Also in bus callbacks."""
-        context = self._context
-        context.save()
-        context.words[context.at.a20_w] = NONE if is_open else NONE & ~(1 << 20)
-        context.restore()
-        self._engine.flush_tlb()
+        self._context.set_a20(is_open)
 
     # Memory.
 
@@ -393,8 +398,3 @@ class Cpu:
         """The same for runs of pages of 4 KiB: (number of the first, how many)."""
         ranges = [(first << 12, first + count << 12) for first, count in runs]
         invalidate(self._context, self._regions, ranges)
-
-
-def _leaving(engine: Engine) -> Leaving | None:
-    found = places()
-    return None if found is None else Leaving(engine, found)

@@ -104,6 +104,12 @@ def places() -> Places | None:
         return None
 
 
+def leaving_of(engine: Engine) -> Leaving | None:
+    """The fields of this engine; None: not where it is certain."""
+    found = places()
+    return None if found is None else Leaving(engine, found)
+
+
 class _Laboratory(Laboratory):
     """Runs the programs above."""
 
