@@ -12,11 +12,14 @@ thought in a model: what it wrote is told to the CPU (`DmaMemory.flush`) before 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any, Protocol
 
 from devices.contract import HasWork, TakesTurns
 
 Wrote = Callable[[Sequence[tuple[int, int]]], None]
+Spans = Sequence[tuple[int, int]]
+"""Ranges of guest-physical memory: (address, length) of each."""
 
 PAGE_SHIFT = 12
 _MOST_RUNS = 1024
@@ -47,6 +50,18 @@ class GuestMemory(Protocol):
 
     def mark(self, address: int, length: int) -> None:
         """Say that this range was written through a window."""
+        ...
+
+    # The same for the hundreds of pages of a large request at once.
+
+    def holds(self, addresses: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether all ranges certainly are RAM; False: look at each. There is one at least."""
+        ...
+
+    def windows(self, spans: Spans) -> list[memoryview]: ...
+
+    def mark_all(self, spans: Spans) -> None:
+        """No range is empty."""
         ...
 
 
@@ -98,6 +113,30 @@ class DmaMemory:
                 self._join()
         runs.append((first, end))
 
+    def holds(self, addresses: Sequence[int], lengths: Sequence[int]) -> bool:
+        first, end = min(addresses), max(map(add, addresses, lengths))
+        return any(start <= first and end <= limit for start, limit, _ in self._regions)
+
+    def windows(self, spans: Spans) -> list[memoryview]:
+        for start, limit, view in self._regions:
+            found = [
+                view[address - start : address - start + length]
+                for address, length in spans
+                if start <= address and address + length <= limit and length >= 0
+            ]
+            if len(found) == len(spans):
+                return found
+        return [self.window(address, length) for address, length in spans]
+
+    def mark_all(self, spans: Spans) -> None:
+        runs = self._runs
+        runs += [
+            (address >> PAGE_SHIFT, (address + length - 1 >> PAGE_SHIFT) + 1)
+            for address, length in spans
+        ]
+        if len(runs) > _MOST_RUNS:
+            self._join()
+
     def flush(self) -> None:
         """Tell of the pages written since the last time, each once."""
         runs = self._runs
@@ -109,12 +148,16 @@ class DmaMemory:
             self._wrote(told)
 
     def _join(self) -> None:
+        runs = sorted(self._runs)
         joined: list[tuple[int, int]] = []
-        for first, end in sorted(self._runs):
-            if joined and first <= joined[-1][1]:
-                joined[-1] = joined[-1][0], max(end, joined[-1][1])
-            else:
-                joined.append((first, end))
+        begin, past = runs[0]
+        for first, end in runs:
+            if first > past:
+                joined.append((begin, past))
+                begin, past = first, end
+            elif end > past:
+                past = end
+        joined.append((begin, past))
         self._runs[:] = joined
 
 

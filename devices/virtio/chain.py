@@ -8,6 +8,8 @@ handler cannot fail by what the driver wrote; too little or too much is for it t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from devices.dma import GuestMemory
 
 _LONGEST = 1 << 32
@@ -34,9 +36,11 @@ class Chain:
     """
 
     __slots__ = (
+        "_asked",
         "_memory",
         "_places",
         "_sources",
+        "_spanned",
         "count",
         "elsewhere",
         "epoch",
@@ -51,6 +55,8 @@ class Chain:
         self._memory = memory
         self._sources: list[tuple[int, int]] = []
         self._places: list[tuple[int, int]] = []
+        self._asked = (-1, -1)
+        self._spanned: list[tuple[int, int]] = []
         self.id = id
         self.count = 1
         self.size = 0
@@ -79,6 +85,32 @@ class Chain:
             self.size += length
         if self.size + self.room > _LONGEST:
             raise RingError("a descriptor chain is longer than 4 GiB")
+
+    def add_all(
+        self, addresses: Sequence[int], lengths: Sequence[int], writable: Sequence[int]
+    ) -> None:
+        """Append descriptors, hundreds as quickly as few.
+
+        Raises:
+            RingError, DmaFault: one breaks a rule; those before it are appended.
+        """
+        sources = writable.count(0)
+        total = self.size + self.room + sum(lengths)
+        if (
+            0 in lengths
+            or any(writable[:sources])
+            or (sources and self._places)
+            or total > _LONGEST
+            or not self._memory.holds(addresses, lengths)
+        ):
+            for each in zip(addresses, lengths, writable, strict=True):
+                self.add(*each)
+            return
+        spans = list(zip(addresses, lengths, strict=True))
+        self._sources += spans[:sources]
+        self._places += spans[sources:]
+        self.size += sum(lengths[:sources])
+        self.room = total - self.size
 
     # What the driver wrote for us.
 
@@ -126,8 +158,7 @@ class Chain:
 
     def places(self, offset: int, length: int) -> list[memoryview]:
         """Bytes of the room in place, until the turn ends; `wrote` says that they were written."""
-        window = self._memory.window
-        return [window(address, part) for address, part in self._spans(offset, length)]
+        return self._memory.windows(self._spans(offset, length))
 
     def spans(self) -> list[tuple[int, int]]:
         """(address, length) of the writable descriptors, for what is about memory itself."""
@@ -135,14 +166,18 @@ class Chain:
 
     def wrote(self, length: int) -> None:
         """`length` bytes after `written` were written in place."""
-        mark = self._memory.mark
-        for address, part in self._spans(self.written, length):
-            mark(address, part)
+        self._memory.mark_all(self._spans(self.written, length))
         self.written += length
 
     def _spans(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(address, length) of these bytes of the room. Quick: requests have hundreds."""
-        spans: list[tuple[int, int]] = []
+        """(address, length) of these bytes of the room. Quick: requests have hundreds.
+
+        Asked for twice, as a rule: for the places to write to, and when that is done.
+        """
+        if (offset, length) == self._asked:
+            return self._spanned
+        self._asked = offset, length
+        self._spanned = spans = []
         for address, there in self._places:
             if offset >= there:
                 offset -= there

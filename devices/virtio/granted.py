@@ -33,7 +33,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from devices.dma import DmaFault
+from devices.dma import DmaFault, Spans
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.ring import QueueState, advance
 
@@ -108,6 +108,16 @@ class GrantedMemory:
 
     def mark(self, address: int, length: int) -> None:
         """Nothing: a used entry says what was written."""
+
+    def holds(self, addresses: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Not known: what is granted is a few ranges."""
+        return False
+
+    def windows(self, spans: Spans) -> list[memoryview]:
+        return [self.window(address, length) for address, length in spans]
+
+    def mark_all(self, spans: Spans) -> None:
+        """Nothing, as `mark`."""
 
 
 class GrantedRing:

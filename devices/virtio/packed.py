@@ -104,8 +104,9 @@ class PackedRing:
         if length // DESC_SIZE > self._state.size:
             raise RingError("a descriptor list is longer than the queue")
         # 2.8.7: of its flags only "write" means anything, and of its order nothing but itself.
-        for part in _DESC.iter_unpack(self._memory.window(address, length)):
-            chain.add(part[0], part[1], bool(part[3] & F_WRITE))
+        table = _DESC.iter_unpack(self._memory.window(address, length))
+        addresses, lengths, _, flags = zip(*table, strict=True)
+        chain.add_all(addresses, lengths, [each & F_WRITE for each in flags])
 
     def use(self, chain: Chain) -> None:
         state = self._state

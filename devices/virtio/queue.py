@@ -89,6 +89,8 @@ class SplitRing:
                 if flags & F_NEXT:
                     raise RingError("an indirect descriptor has a next one")
                 table, entries = self._table_at(address, length), length // DESC_SIZE
+                if entries <= left and _add_in_order(chain, table):
+                    return chain
                 in_indirect, index = True, 0
                 continue
             left -= 1
@@ -125,3 +127,19 @@ class SplitRing:
         if used or self._dirty:
             self._memory.mark(state.device, len(self._used))
         return used > 0 and 0 < self.quota() <= used
+
+
+def _add_in_order(chain: Chain, table: memoryview) -> bool:
+    """Append an indirect table whose descriptors follow each other, as drivers make them.
+
+    Returns:
+        False: they do not, or not all of them; the chain is as it was.
+    """
+    addresses, lengths, flags, following = zip(*_DESC.iter_unpack(table), strict=True)
+    last = len(flags) - 1
+    if following[:last] != tuple(range(1, last + 1)):
+        return False
+    if [each & ~F_WRITE for each in flags] != [F_NEXT] * last + [0]:
+        return False
+    chain.add_all(addresses, lengths, [each & F_WRITE for each in flags])
+    return True
