@@ -128,10 +128,15 @@ def test_start_at(host: Host, real: RealClock, running: bool) -> None:
     if running:
         real.resume()
     host.ns += NS
+    real.call_at(NS, lambda: None).cancel()
     real.start_at(123)
     assert real.now() == 123
     host.ns += 10
     assert real.now() == (133 if running else 123)
+    real.resume()
+    real.call_at(200, lambda: None)
+    host.ns += 5 * PATIENCE
+    assert real.now() == 200 + PATIENCE, "what it was before is forgotten"
 
 
 def test_real_alarms_ring_when_due_and_not_while_paused(host: Host, real: RealClock) -> None:
@@ -236,9 +241,12 @@ def test_an_alarm_of_the_past_does_not_set_time_back(host: Host, real: RealClock
 
 def test_nor_does_one_of_the_time_that_was_skipped(host: Host, real: RealClock) -> None:
     real.resume()
+    seen: list[int] = []
     real.call_at(100, lambda: real.call_at(200, lambda: None))
+    real.call_at(300, lambda: seen.append(real.now()))
     host.ns += 3600 * NS
     assert real.run_due()
+    assert seen == [3599 * NS]
     assert real.now() == 3599 * NS
     assert real.run_due()
     assert real.now() == 3599 * NS

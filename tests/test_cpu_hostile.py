@@ -19,6 +19,7 @@ from cpu_bench import (
 )
 
 from vmm.cpu.engine import StopReason
+from vmm.cpu.registers import SCRATCH
 from vmm.cpu.state import CODE32, DescriptorTable, Segment, flat_segment
 
 pytestmark = pytest.mark.usefixtures("both_paths")
@@ -356,3 +357,16 @@ def test_segment_of_noise() -> None:
             ),
         )
         assert bench.cpu.halted
+
+
+def test_page_tables_over_a_page_of_ours() -> None:
+    """The engine takes any CR3, and a walk marks what it takes for an entry as accessed."""
+    with Bench() as bench:
+        state = bench.long()
+        state.gpr[0] = SCRATCH
+        # mov cr3, rax; mov rcx, [rbx]
+        bench.run(state, bytes.fromhex("0f22d8488b0b"))
+        state = bench.long()
+        state.dr[0], state.dr[7] = CODE + 1, 0x402
+        bench.run(state, b"\x90\x90\xf4")
+        assert bench.vector() == 1, "breakpoints are set by code in that page"

@@ -20,7 +20,11 @@ from vmm.cpu.msrs import PASSED, READABLE
 pytestmark = pytest.mark.usefixtures("both_paths")
 
 RDMSR, WRMSR, HLT = b"\x0f\x32", b"\x0f\x30", b"\xf4"
-NOBODYS = (0x2, 0x276, 0x1FFF, 0x2000, 0x4000_0000, 0xC000_0105, 0xC001_0010, 0xFFFF_FFFF)
+NOBODYS = (
+    *(0x2, 0x276, 0x1FFF, 0x2000, 0x4000_0000, 0xBFFF_FFFF, 0xC000_0105, 0xC000_1FFF, 0xC000_2000),
+    *(0xC000_FFFF, 0xC001_0000, 0xC001_0010, 0xC001_1FFF, 0xC001_2000, 0xFFFF_FFFF),
+)
+"""Most are at the borders of what the engine's permission map has."""
 
 
 @dataclass
@@ -292,6 +296,32 @@ def test_the_shadow_of_sti_ends_behind_it() -> None:
         bench.cpu.step()
         assert bench.cpu.takes_nmi()
         assert bench.cpu.interruptible()
+
+
+def test_code_that_is_changed_meanwhile() -> None:
+    """The engine executes what it translated, and we see something else there: no instruction."""
+    with Bench() as bench:
+        state = bench.long()
+        state.gpr[1] = 0x17
+
+        def change(*_: int) -> None:
+            if len(bench.ports.writes) == 2:
+                bench.memory.write(CODE + 2, b"\x90\x90")
+
+        bench.ports.on_write = change
+        bench.run(state, b"\xe6\x80" + RDMSR + b"\xeb\xfa")
+        assert bench.vector() == 6
+
+
+def test_what_nobody_asked_to_be_told_ends_the_run() -> None:
+    with Bench() as bench:
+        bench.start(bench.long(), b"\x9c" + HLT)  # pushfq
+        context = bench.cpu._context
+        context.save()
+        context.words[intercept.instructions(context)] |= 1 << 16
+        context.restore()
+        stop = bench.cpu.run(1000)
+        assert (stop.reason, stop.detail) == (StopReason.ERROR, "the engine raised event 0x170")
 
 
 def test_it_lasts_through_states_modes_and_events() -> None:

@@ -6,7 +6,7 @@ Source: Intel SDM volume 3A, sections 6.7.1 and 6.8.3.
 from __future__ import annotations
 
 import pytest
-from cpu_bench import CODE, HANDLERS, K_DATA, Bench
+from cpu_bench import CODE, HANDLERS, K_CODE64, K_DATA, Bench
 
 from vmm.cpu.engine import STEP_COST, StopReason
 from vmm.cpu.state import CpuState
@@ -151,6 +151,38 @@ def test_another_state_at_the_same_place_is_not_blocked() -> None:
         state.nmi_blocked = False
         bench.cpu.set_state(state)
         assert bench.cpu.takes_nmi()
+
+
+@pytest.mark.parametrize(("rip", "used"), [(HANDLERS + 0x803, 40), (CODE, 0)])
+def test_behind_the_iret_is_another_place(rip: int, used: int) -> None:
+    """The same instruction on another stack, or another one on the same stack."""
+    with Bench() as bench:
+        nmis(bench, b"\x48\xff\xc3\x48\xcf")  # inc rbx; iretq
+        cpu = bench.cpu
+        cpu.inject_nmi()
+        stack = cpu.get_state().gpr[4]
+        bench.put(stack, rip, K_CODE64, 2, stack + used, K_DATA)
+        cpu.run(10**6)
+        assert cpu.takes_nmi() is None
+        cpu.step()
+        after = cpu.get_state()
+        assert (after.rip, after.gpr[4]) == (rip, stack + used)
+        assert cpu.takes_nmi()
+
+
+def test_a_fault_of_the_iret_ends_it_as_well() -> None:
+    with Bench() as bench:
+        nmis(bench, b"\x48\xff\xc3\x48\xcf")
+        cpu = bench.cpu
+        cpu.inject_nmi()
+        stack = cpu.get_state().gpr[4]
+        bench.put(stack, CODE, 0xFFF8)
+        cpu.run(10**6)
+        assert cpu.takes_nmi() is None
+        cpu.step()
+        assert cpu.takes_nmi()
+        cpu.run(10**6)
+        assert bench.vector() == 13
 
 
 @pytest.mark.parametrize("mode", ["real", "protected"])

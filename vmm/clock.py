@@ -191,7 +191,7 @@ class RealClock:
             self._look_ahead()
             return now
         self._overdue()
-        return min(now, self._patience_ends(due))
+        return self._patience_ends(due)
 
     def _patience_ends(self, due: int) -> int:
         """Up to when guest time passes while an alarm has not rung."""

@@ -70,7 +70,6 @@ class Registers:
         self._budget = budget
         engine = context.engine
         self._scratch = mmap.mmap(-1, mmap.PAGESIZE)
-        self._scratch[: len(_SET_DR7)] = _SET_DR7
         engine.map_ram(SCRATCH, mmap.PAGESIZE, memory_of(self._scratch))
         self._msr_reset = {n: engine.read_msr(n) for n in _MSR_CANDIDATES if self._keeps(n)}
         self._intercepts: Intercepts | None = None
@@ -246,6 +245,7 @@ class Registers:
         context.longs[at.dr + 7] = old_dr7
         context.longs[at.gpr] = dr7
         context.restore()
+        self._scratch[: len(_SET_DR7)] = _SET_DR7  # CR3 may have led here, which marks entries
         executed = words[0]
         words[1] = NO_LIMIT
         context.engine.start(SCRATCH)
