@@ -124,6 +124,9 @@ def test_files_that_cannot_be_disks(image: Path, tmp_path: Path) -> None:
     assert f"file={image}: is given twice: device 'disk' has it, too" in refused(
         *("--disk", str(image), "--disk", str(image))
     )
+    assert "/proc/cpuinfo: has no size, so it is no image" in refused(
+        "--disk", "/proc/cpuinfo,readonly"
+    )
     os.truncate(image, 0)
     assert "is empty" in refused("--disk", str(image))
     os.truncate(image, SECTOR + 1)

@@ -78,8 +78,11 @@ def _check(fd: int, file: HostFile, writable: bool, where: str) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise HostFileError(f"{where}: is neither a file nor a block device")
     if file.unit:
-        # A block device has no size in its status.
-        size = os.lseek(fd, 0, os.SEEK_END)
+        # A block device has no size in its status, and files of /proc have none at all.
+        try:
+            size = os.lseek(fd, 0, os.SEEK_END)
+        except OSError:
+            raise HostFileError(f"{where}: has no size, so it is no image") from None
         if not size:
             raise HostFileError(f"{where}: is empty; make it larger, for example with truncate -s")
         if size % file.unit:

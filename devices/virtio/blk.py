@@ -200,7 +200,7 @@ class Blk(VirtioDevice):
             else:
                 done = self._direct.read(places, offset + chain.written)
             if not done:
-                return S_IOERR  # the file has become shorter
+                raise OSError(None, "the file has become shorter")
             chain.wrote(done)
         return S_OK
 
