@@ -142,6 +142,25 @@ section .text
         je      .spin
         print   "x2apic: a deadline kept while it looks at the clock", 10
 
+        ; One that is past comes at once, and no time goes back for it.
+        rdtsc
+        shl     rdx, 32
+        or      rax, rdx
+        mov     r12, rax
+        mov     ecx, MSR_TSC_DEADLINE
+        mov     eax, 1
+        xor     edx, edx
+        wrmsr
+.past:  rdtsc
+        shl     rdx, 32
+        or      rax, rdx
+        cmp     rax, r12
+        jb      .back
+        mov     r12, rax
+        cmp     qword [timer_count], DEADLINES + 1
+        je      .past
+        print   "x2apic: a deadline that was past", 10
+
         ; A counter that is set back takes the deadline with it.
         rdtsc
         add     eax, 3 * MILLISECOND
@@ -155,7 +174,7 @@ section .text
         or      rax, rdx
         mov     r12, rax
 .set:   rdtsc
-        cmp     qword [timer_count], DEADLINES + 1
+        cmp     qword [timer_count], DEADLINES + 2
         je      .set
         xor     r13d, r13d
         cmp     rax, r12
@@ -173,6 +192,8 @@ section .text
         print   "x2apic: NMIs one after the other", 10
         exit    0
 .early: print   "WRONG: too early", 10
+        exit    1
+.back:  print   "WRONG: time went back", 10
         exit    1
 
 ; Vector EDI leads to RAX.

@@ -230,6 +230,19 @@ def test_step_into_a_fault_and_at_a_halt() -> None:
         assert bench.cpu.halted
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_step_halts_also_behind_a_stop(counts: bool) -> None:
+    """As every run that ends by its number of steps leaves one behind."""
+    with Bench(counts=counts) as bench:
+        bench.start(bench.long(), b"\x90\xf4\x90")
+        bench.cpu.step()
+        bench.cpu.stop_now()
+        bench.cpu.step()
+        assert bench.cpu.halted
+        assert bench.cpu.step().reason is StopReason.HALT
+        assert bench.cpu.get_state().rip == CODE + 2
+
+
 def test_stepping_equals_running() -> None:
     code = bytes.fromhex(
         # mov ecx, 50; l: imul rax, rax, 13; add rax, rcx; push rax; pop rdx; xor

@@ -16,6 +16,7 @@ LINES = [
     "x2apic: an interrupt to itself, held back by CR8",
     "x2apic: ten deadlines kept",
     "x2apic: a deadline kept while it looks at the clock",
+    "x2apic: a deadline that was past",
     "x2apic: a counter that was set",
     "x2apic: NMIs one after the other",
 ]

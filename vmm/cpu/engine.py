@@ -203,11 +203,11 @@ class Cpu:
             after_halt = self.traps.fast.after(b"\xf4")
             stop = self._step()
             self._words[0] = before + STEP_COST
-            if stop is not _STEPPED:
-                return stop
             if self._engine.read(REG.UC_X86_REG_RIP) == after_halt:
                 self.halted = True
                 return _HALT
+            if stop is not _STEPPED:
+                return stop
         return _BUDGET
 
     def _step(self) -> Stop:
