@@ -62,7 +62,13 @@ class HostLink:
 @dataclass(frozen=True)
 class HostDetail:
     """The option says more of what another one names: it is the host's, too, and nothing that the
-    guest knows of."""
+    guest knows of.
+
+    Attributes:
+        of: that other one. If it changes, what was said of the old one is dropped.
+    """
+
+    of: str = ""
 
 
 def host_options(options: type) -> frozenset[str]:
@@ -73,6 +79,11 @@ def host_options(options: type) -> frozenset[str]:
     return frozenset(
         name for name, note in _notes(options) if isinstance(note, HostFile | HostLink | HostDetail)
     )
+
+
+def host_details(options: type) -> dict[str, str]:
+    """The options that say more of another one, with its name, of a model's `Options`."""
+    return {name: note.of for name, note in _notes(options) if isinstance(note, HostDetail)}
 
 
 def host_links(options: type) -> dict[str, HostLink]:

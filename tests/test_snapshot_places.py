@@ -97,6 +97,100 @@ def test_a_log_and_a_disk_that_has_moved(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "option"), [("blk", "path"), ("ata", "disk2")], ids=["virtio", "ide"]
+)
+def test_a_private_disk_has_no_place(place: Path, model: str, option: str) -> None:
+    """It is a copy of what the snapshot has, so a file that is named is never looked at."""
+    disk, other = place / "disk.img", place / "other.img"
+    disk.write_bytes(bytes(1 << 20))
+    saved = save(place, (model, {option: str(disk)}))
+    disk.rename(place / "moved.img")
+    other.write_bytes(bytes(1 << 19))
+    before = open_descriptors()
+    for wrong in (place, other, place / "none.img", place / "moved.img"):
+        problem = f"device '{model}': {option}={wrong}: .* private copy .*--disks original"
+        with pytest.raises(UserError, match=problem):
+            Machine.restore(saved, places={model: {option: str(wrong)}})
+        if wrong != place / "moved.img":
+            with pytest.raises(UserError, match=f"{option}={wrong}"):
+                Machine.restore(saved, disks="original", places={model: {option: str(wrong)}})
+    places = {model: {option: str(place / "moved.img")}}
+    with Machine.restore(saved, disks="original", places=places) as machine:
+        machine.snapshot(place / "again")
+    with Machine.restore(place / "again", disks="original"):
+        pass
+    assert open_descriptors() == before
+    how = ["restore", str(saved), "--device", f"{model},{option}={place}"]
+    status, _, said = run(*how)
+    assert (status, said.count(b"\n")) == (2, 1)
+    assert b"--disks original" in said
+
+
+def test_a_disk_that_a_snapshot_left_out_has_a_place(place: Path) -> None:
+    disk = place / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    saved = place / "saved"
+    with Machine(memory="16M", devices=()) as machine:
+        machine.add_device("blk", path=str(disk))
+        machine.boot("counter")
+        machine.snapshot(saved, disks="none")
+    disk.rename(place / "moved.img")
+    with Machine.restore(saved, places={"blk": {"path": str(place / "moved.img")}}):
+        pass
+    with pytest.raises(UserError, match="No such file"):
+        Machine.restore(saved, places={"blk": {"path": str(place / "none.img")}})
+
+
+@needs_passt
+def test_another_link_drops_what_belonged_to_the_old_one(place: Path) -> None:
+    card = {"link": "user", "forward": f"tcp:{free_port()}:80", "mac": "52:54:00:00:00:07"}
+    saved = save(place, ("net", card))
+    with Machine.restore(saved, places={"net": {"link": "pair:zz"}}) as machine:
+        assert machine.config.devices[0].options == {"link": "pair:zz", "mac": card["mac"]}
+    with Machine.restore(saved, places={"net": {"link": "user"}}) as machine:  # the same one
+        assert machine.config.devices[0].options == card
+    with pytest.raises(UserError, match="forward= is for link=user"):
+        Machine.restore(saved, places={"net": {"link": "pair:zz", "forward": card["forward"]}})
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted", "problem"),
+    [
+        ({"log": "log"}, "", "option 'log' named a file when .*, and must name one"),
+        ({}, "log", "option 'log' named no file when .*, and must name none"),
+    ],
+)
+def test_what_has_a_file_must_keep_one(
+    place: Path, options: dict[str, str], wanted: str, problem: str
+) -> None:
+    saved = save(place, ("console", {key: str(place / name) for key, name in options.items()}))
+    new = str(place / wanted) if wanted else ""
+    with pytest.raises(UserError, match=f"device 'console': {problem}"):
+        Machine.restore(saved, places={"console": {"log": new}})
+
+
+def test_options_of_one_device_may_be_given_apart(place: Path) -> None:
+    saved = save(place, ("net", {}))
+    apart = ("--device", "net,forward=tcp:1:2", "--device", "net,link=pair:zz")
+    status, _, said = run("restore", str(saved), "--timeout", "0.1", *apart)
+    assert (status, said) == (2, b"vmm: device 'net': forward= is for link=user\n")
+
+
+def test_no_snapshot(place: Path) -> None:
+    image, tree = place / "root.img", place / "tree"
+    image.write_bytes(bytes(512))
+    tree.mkdir()
+    for wrong, problem in (
+        (image, "is no snapshot: it is no directory"),
+        (tree, "is no snapshot: it has no manifest.json"),
+        (place / "none", "No such file or directory"),
+    ):
+        status, _, said = run("restore", str(wrong))
+        assert status == 2
+        assert said.decode() == f"vmm: snapshot {wrong}: {problem}\n"
+
+
+@pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
         ("none", {"path": "x"}, "the snapshot has no device 'none'; it has vsock, rng"),
@@ -125,6 +219,10 @@ def test_on_the_command_line(place: Path) -> None:
         assert b"--device vsock,OPTION=VALUE" in said
         status, out, said = run(*how, "--device", f"vsock,path={place / 'w'}")
         assert (status, json.loads(out)["ending"]) == (8, "timeout"), said
+    twice = [*how, "--device", "vsock,path=a", "--device", "vsock,path=b"]
+    status, _, said = run(*twice)
+    assert (status, said.count(b"\n")) == (2, 1)
+    assert b"--device vsock,path=b: option 'path' is given twice" in said
     for wrong, problem in (
         ("vsock", b"write NAME,OPTION=VALUE"),
         ("vsock,path", b"'path' is not option=value"),

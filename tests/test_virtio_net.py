@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtio_driver import F_PACKED, F_VERSION_1, NEEDS_RESET, Driver, LocalRig
 
-from devices.errors import UserError
+from devices.errors import DeviceError, UserError
 from devices.registry import parse_options
 from devices.virtio.cable import HEADER, LONGEST, SHORTEST
 from devices.virtio.link import Forward, parse_forwards
@@ -23,6 +23,7 @@ from devices.virtio.net import (
     F_CSUM,
     F_GUEST_CSUM,
     F_GUEST_TSO4,
+    F_GUEST_TSO6,
     F_HOST_TSO4,
     F_MRG_RXBUF,
     F_MTU,
@@ -598,6 +599,27 @@ def test_features_that_need_others() -> None:
     assert not driver.negotiate(F_VERSION_1 | F_GUEST_TSO4)
     assert not driver.negotiate(F_VERSION_1 | F_HOST_TSO4)
     assert driver.negotiate(F_VERSION_1 | F_HOST_TSO4 | F_CSUM)
+
+
+@pytest.mark.parametrize(
+    ("old", "features", "new"),
+    [
+        ("pair:x", F_CSUM | F_HOST_TSO4, "user"),
+        ("pair:x", F_GUEST_CSUM | F_GUEST_TSO6, ""),
+        ("user", F_MTU, "pair:x"),
+    ],
+)
+def test_a_link_that_lacks_what_the_driver_took(old: str, features: int, new: str) -> None:
+    driver = Driver(LocalRig(Net, {"link": old}))
+    assert driver.negotiate(F_VERSION_1 | features)
+    saved = driver.rig.snapshot()
+    other = LocalRig(Net, {"link": new})
+    other.device.sleep()
+    with pytest.raises(DeviceError, match=f"with link={new or 'none'} does not offer; .* the kind"):
+        other.device.restore(saved)
+    same = LocalRig(Net, {"link": old})
+    same.device.sleep()
+    same.device.restore(saved)
 
 
 @given(st.lists(st.binary(max_size=80), max_size=20))

@@ -293,9 +293,16 @@ class Machine(MachineShape):
         use = choice(DiskUse, disks, "disks")
         models = tuple(models)
         trusted = sources.trusted_factories(manifest.config, factories or {}, models)
+        kept = [name for name, disk in manifest.disks.items() if disk.copy is not None]
+        private = kept if use is DiskUse.PRIVATE else []
 
         def move(config: MachineConfig) -> MachineConfig:
-            return moved(config, places or {}, lambda each: model_of(each, trusted.get(each.name)))
+            return moved(
+                config,
+                places or {},
+                lambda each: model_of(each, trusted.get(each.name)),
+                private,
+            )
 
         machine = cls(move(manifest.config), host=host, jail=jail)
         machine._factories = sources.trusted_factories(machine.config, factories or {}, models)

@@ -55,6 +55,9 @@ _REQUIRES = {
     F_HOST_ECN: F_HOST_TSO4 | F_HOST_TSO6,
 }
 """5.1.3.1: one of the features on the right."""
+_SEGMENTATION = F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
+_OF_LINKS = F_MTU | _SEGMENTATION
+"""Features that depend on the kind of link."""
 LINK_UP = 1
 NEEDS_CSUM = 1
 GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
@@ -88,7 +91,7 @@ class NetOptions:
 
     link: Annotated[str, HostLink()] = ""
     mac: str = "52:54:00:12:34:56"
-    forward: Annotated[str, HostDetail()] = ""
+    forward: Annotated[str, HostDetail(of="link")] = ""
 
     def __post_init__(self) -> None:
         try:
@@ -147,8 +150,7 @@ class Net(VirtioDevice):
         if self._kind is LinkKind.USER:
             offered |= F_MTU
         elif self._kind is not LinkKind.NONE:
-            offered |= F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
-            offered |= F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
+            offered |= _SEGMENTATION
         return offered
 
     def accepts_features(self, features: int) -> bool:
@@ -365,6 +367,12 @@ class Net(VirtioDevice):
         return True
 
     def validate(self, state: Any) -> None:
+        if state.driver_features & _OF_LINKS & ~self.offered:
+            raise ValueError(
+                "the driver accepted a feature that a card with "
+                f"link={self.options.link or 'none'} does not offer; "
+                "it can go on with a link of the kind that it had"
+            )
         super().validate(state)
         sizes = [len(packet) for packet in state.arrived]
         if sum(sizes) > MOST_BYTES + _MOST_AT_ONCE or any(

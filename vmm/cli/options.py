@@ -186,8 +186,8 @@ def add_restore(commands: Any) -> None:
         action="append",
         default=[],
         help="another place on this host for the device of this name, beside a machine that has "
-        "the old one: path= of a vsock, disk or 9p, link= and forward= of a network card, log= of "
-        "a console; may be repeated",
+        "the old one: path= of a vsock or 9p, link= and forward= of a network card, log= of a "
+        "console; path= of a disk whose file has moved (with --disks original); may be repeated",
     )
     _add_run_options(parser)
     parser.set_defaults(run=_restore)

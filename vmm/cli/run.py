@@ -112,7 +112,10 @@ def _places(given: list[str]) -> dict[str, dict[str, Any]]:
             raise UserError(f"--device {text}: {error}") from error
         if not options:
             raise UserError(f"--device {text}: write NAME,OPTION=VALUE: a device of the snapshot")
-        places[name] = places.get(name, {}) | options
+        earlier = places.setdefault(name, {})
+        if twice := earlier.keys() & options.keys():
+            raise UserError(f"--device {text}: option '{min(twice)}' is given twice")
+        earlier |= options
     return places
 
 

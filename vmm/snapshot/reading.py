@@ -126,7 +126,18 @@ def read_envelope(path: Path) -> _Envelope:
     Raises:
         UserError: it cannot be read, or is no manifest.
     """
-    data = _read_bounded(path, "manifest.json", _MANIFEST_LIMIT)
+    try:
+        data = _read_bounded(path, "manifest.json", _MANIFEST_LIMIT)
+    except UserError as error:
+        match error.__cause__:
+            case NotADirectoryError():
+                problem = "is no snapshot: it is no directory"
+            case FileNotFoundError() as cause:
+                lacks = "is no snapshot: it has no manifest.json"
+                problem = lacks if os.path.isdir(path) else str(cause.strerror)
+            case _:
+                raise
+        raise UserError(f"snapshot {path}: {problem}") from error
     try:
         return msgspec.json.decode(data, type=_Envelope)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
