@@ -98,7 +98,7 @@ def _kind(hint: Any) -> str:
         return "|".join(_kind(each) for each in typing.get_args(hint) if each is not type(None))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "|".join(_written(each) for each in hint)
-    return {bool: "true|false", int: "number", float: "number", str: "TEXT"}.get(hint, "TEXT")
+    return {bool: "true|false", int: "number", float: "number", bytes: "FILE"}.get(hint, "TEXT")
 
 
 def wanted(hint: Any) -> str:
@@ -124,6 +124,6 @@ def _written(value: Any) -> str:
         value = value.value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int) and value > 9:
+    if isinstance(value, int) and value > 0xFF:  # an identifier or a size
         return f"{value:#x}"
-    return "" if value is None else str(value)
+    return "" if value is None or isinstance(value, bytes) else str(value)

@@ -49,7 +49,7 @@ class PvPanic(PciFunction):
         if offset:
             return
         if value & Event.PANICKED:
-            self.host.log("pvpanic: the guest's kernel has panicked")
+            self.host.log("the guest's kernel has panicked")
             self.host.request_exit(int(Event.PANICKED))
         elif value & Event.CRASH_LOADED:
-            self.host.log("pvpanic: the guest's kernel has panicked and goes on to save a dump")
+            self.host.log("the guest's kernel has panicked and goes on to save a dump")

@@ -406,6 +406,7 @@ def test_a_file_that_cannot_be_written(rig: AtaRig, cable: Cable) -> None:
     cable.feed(bytes(SECTOR))
     assert (cable.status(), cable.error()) == (READY | ERR, ABRT)
     assert cable.registers()[1] == 9
+    assert rig.logs[0].startswith("disk0: ")  # the machine says whose line it is
     assert "Operation not permitted" in rig.logs[0]
 
 

@@ -263,6 +263,12 @@ def test_wrong_usage(arguments: list[str], complaint: str) -> None:
     assert done.stdout == b""
 
 
+def test_unrecognized_arguments_lead_to_the_help_of_their_command() -> None:
+    done = run("boot", "hello", "--frobnicate")
+    assert b"unrecognized arguments: --frobnicate (see python -m vmm boot --help)" in done.stderr
+    assert b"(see python -m vmm --help)" in run("--frobnicate", "boot").stderr
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -15,6 +15,7 @@ from devices.registry import MODELS
 from vmm.cli import build_parser
 from vmm.cli.given import Given
 from vmm.cli.machine_file import read_defaults
+from vmm.config import OF_ANY_FUNCTION
 
 WHOLE = """
 image = "echo"
@@ -91,8 +92,14 @@ def test_every_option_has_a_place(tmp_path: Path) -> None:
         ('mem = "1M"\nmemm = "64M"\n', 2, "do you mean 'mem'"),
         ('\n\nmem = "abc"\n', 3, "'abc' is not a size"),
         ("mem = true\n", 1, "is text or a number"),
-        ("image = 3\n", 1, "is text, not 3"),
-        ('module = ["a", 1.5]\n', 1, "is text, not 1.5"),
+        ("image = 3\n", 1, "line 1: image is text, not 3"),
+        ('module = ["a", 1.5]\n', 1, "line 1: module is text, not 1.5"),
+        ("mem = 1979-05-27\n", 1, "line 1: mem is text or a number, not 1979-05-27"),
+        ("mem = [1]\n", 1, "line 1: mem is text or a number, not a list"),
+        ("serial = {a = 1}\n", 1, "line 1: serial is text or a number, not a table"),
+        ("json = 'x'\n", 1, "line 1: json is true or false, not 'x'"),
+        ("module = true\n", 1, "line 1: module is a list, not true"),
+        ("snapshot_at = 1\n", 1, "no option 'snapshot_at'; do you mean 'snapshot-at'"),
         ("#\nmode = 48\n", 2, "'48' is none of 16, 32, 64"),
         ("stats = 1\n", 1, "is true or false"),
         ('append = """\nmem = 3\n"""\nclock = "fast"\n', 4, "'fast' is none of real, virtual"),
@@ -179,6 +186,36 @@ def test_so_it_is_of_what_building_the_machine_finds(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ('image = "nope"', "image nope: there is no such file"),
+        ('serial = "file:/no/where"', "--serial file:/no/where: No such file"),
+        ('initrd = "/no/file"', "initrd /no/file: No such file"),
+        ('module = ["/no/file,text"]', "module /no/file: No such file"),
+        ('snapshot-then = "quit"', "--snapshot-then quit: say when"),
+    ],
+)
+def test_so_it_is_of_what_the_options_name(tmp_path: Path, text: str, about: str) -> None:
+    config = tmp_path / "machine.toml"
+    config.write_text(f"json = true\n{text}\n")
+    status, out, err = run("boot", "--config", str(config))
+    assert (status, out) == (2, b"")
+    assert f"config {config}: line 2: {about}" in err.decode()
+    assert len(err.splitlines()) == 1
+
+
+def test_what_the_command_line_says_is_not_the_files_fault(tmp_path: Path) -> None:
+    config = tmp_path / "machine.toml"
+    config.write_text('image = "no"\n')
+    _, _, err = run("boot", "nope", "--config", str(config))
+    assert err.startswith(b"vmm: image nope: there is no such file"), err
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    assert read(tmp_path, '\ufeffmem = "1M"\n') == {"mem": "1M"}
+
+
 def test_the_command_line_wins_and_adds(tmp_path: Path) -> None:
     path = tmp_path / "machine.toml"
     path.write_text(
@@ -237,6 +274,18 @@ def test_devices_lists_models_and_their_options() -> None:
     assert status == 0
     for model in MODELS:
         assert f"\n{model}  " in f"\n{out.decode()}"
+    defaults = {each["name"]: each["default"] for each in found["console"]["options"]}
+    assert (defaults["columns"], defaults["rows"]) == ("80", "25")
+    options = {each["name"]: each for each in found["config-space"]["options"]}
+    assert (options["rom"]["kind"], options["rom"]["default"]) == ("FILE", "")
+    assert options["vendor-id"]["default"] == "0x1234"
+
+
+@pytest.mark.parametrize("option", ["device", "disk", "net"])
+def test_help_names_the_options_of_any_function(option: str) -> None:
+    (action,) = (action for action in boot_parser()._actions if action.dest == option)
+    for name in OF_ANY_FUNCTION:
+        assert f"{name}=" in str(action.help)
 
 
 def test_jail_shows_what_each_device_has() -> None:

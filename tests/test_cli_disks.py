@@ -35,6 +35,8 @@ def test_a_disk_is_a_virtio_device() -> None:
             slot="7",
         ),
     ]
+    (direct,) = disks(given("disk", "a.img,direct"), [])
+    assert direct.options == {"path": "a.img", "direct": "true"}
     (granted,) = disks(given("disk", "a.img,dma=granted"), [])
     assert granted.dma is DmaMode.GRANTED
 

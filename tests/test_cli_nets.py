@@ -42,6 +42,8 @@ def test_cards_that_meet_others_differ() -> None:
         ("slirp", "link is user, pair:NAME or tap:NAME, not slirp"),
         ("pair:", "after pair: comes a name"),
         ("pair:a/b", "after pair: comes a name"),
+        ("tap:sixteen-is-a-lot", "link=tap:sixteen-is-a-lot: the name has more than 15 characters"),
+        ("pair:" + "x" * 65, "the name has more than 64 characters"),
         ("user,forward", "'forward' is not option=value"),
         ("user,forward=80", "forward=80: write tcp:8080:80"),
         ("user,hostfwd=tcp::1-:2", "a network card has no option 'hostfwd'; it has link, forward"),

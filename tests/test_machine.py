@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from vmm.config import (
 )
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
+from vmm.vcpu import VcpuStats
 
 EXIT_WITH_PORT = "66ba{port}ed66baf400ee"
 """32-bit code: in eax from a port (little-endian hexadecimal), out to the debug-exit port."""
@@ -318,6 +319,28 @@ def test_time_goes_on_after_a_suspend_inside_a_run(tmp_path: Path) -> None:
         still = machine.parts.clock.now()
         time.sleep(0.05)
         assert machine.parts.clock.now() == still  # it stands still while the machine does not run
+
+
+def test_where_the_time_went_is_known_while_the_guest_runs() -> None:
+    """The run that goes on is no start-up: all of its parts are in its total."""
+    seen: list[VcpuStats] = []
+
+    def look() -> None:
+        seen.append(replace(machine.parts.vcpu.stats))
+        if len(seen) < 3:
+            machine.parts.request_attention()
+        else:
+            machine.stop(Outcome(Ending.QUIT))
+
+    with Machine(memory="16M") as machine:
+        machine.boot("counter")
+        machine.between = look
+        machine.parts.request_attention()
+        machine.run(timeout=30)
+        end = machine.parts.vcpu.stats
+    assert [each.total for each in seen] == sorted({each.total for each in seen})
+    assert all(each.total >= each.executing + each.idle > 0 for each in [*seen[1:], end])
+    assert end.total >= seen[-1].total > 0
 
 
 def test_stop_from_a_callback() -> None:

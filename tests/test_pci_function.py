@@ -42,7 +42,7 @@ def test_it_is_a_pci_function_of_the_registry() -> None:
     function: PciConfig = ConfigSpaceDevice(FakeHost(), options)
     assert function.read_config(0) == 0x0042_1234
     assert function.bars()[1].size == 0x1000
-    with pytest.raises(UserError, match="ram_size"):
+    with pytest.raises(UserError, match="ram-size is a power of two"):
         parse_options(ConfigSpaceDevice, {"ram-size": "5000"})
 
 

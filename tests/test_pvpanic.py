@@ -44,6 +44,7 @@ def test_a_panic_ends_the_run_with_a_status_of_its_own(tmp_path: Path) -> None:
     status, _, said = run("boot", str(image), *device, "--timeout", "20")
     assert status == 14
     assert b"vmm: panicked" in said
+    assert b"vmm: pvpanic: the guest's kernel has panicked" in said
     image.write_bytes(PANIC[:-3] + b"\2" + PANIC[-2:])  # it goes on, and saves a dump
     assert run("boot", str(image), *device, "--timeout", "0.5")[0] == 8
 

@@ -240,12 +240,14 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     return device_from(where, model, options, taken)
 
 
-def split_options(text: str, several: str = "", alone: str = "") -> tuple[str, dict[str, Any]]:
+def split_options(
+    text: str, several: str = "", alone: tuple[str, ...] = ()
+) -> tuple[str, dict[str, Any]]:
     """What ``FIRST[,option=value]...`` says.
 
     Args:
         several: the option that may be given several times; its values are joined by ``+``.
-        alone: the option that is true if it stands without a value.
+        alone: the options that are true if they stand without a value.
 
     Raises:
         UserError: it is not of that form, or an option is given twice.
@@ -254,7 +256,7 @@ def split_options(text: str, several: str = "", alone: str = "") -> tuple[str, d
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if pair == alone:
+        if pair in alone:
             equals, value = "=", "true"
         if not key or not equals:
             raise UserError(f"'{pair}' is not option=value")

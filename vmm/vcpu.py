@@ -97,6 +97,7 @@ class VcpuLoop:
         self._outcome: Outcome | None = None
         self.window = InterruptWindow()
         self._waits = False
+        self._charged = 0.0
         cpu.deliver_by(self._taken)
         cpu.traps.msrs.apic = irqchip.lapic
         irqchip.on_pending, irqchip.on_withdrawn = self._interrupt_waits, cpu.interrupt_withdrawn
@@ -135,7 +136,8 @@ class VcpuLoop:
         if budget < UNLIMITED:
             cpu.count()
         last = cpu.executed + budget
-        stats, entered = self.stats, perf_counter()
+        stats = self.stats
+        self._charged = perf_counter()
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL)
         try:
@@ -156,7 +158,13 @@ class VcpuLoop:
         finally:
             clock.pause()
             sys.setswitchinterval(interval)
-            stats.total += perf_counter() - entered
+            self._charge()
+
+    def _charge(self) -> None:
+        """Bring `VcpuStats.total` up to now: whoever looks between two slices finds it whole."""
+        now = perf_counter()
+        self.stats.total += now - self._charged
+        self._charged = now
 
     def _budget(self, last: int) -> int | None:
         """Bytes of code until the next look; None: until somebody kicks the CPU."""
@@ -169,6 +177,7 @@ class VcpuLoop:
         cpu, irqchip = self._cpu, self._irqchip
         if self._events.poll(0.0) or self.attention:
             self.attention = False
+            self._charge()
             self._between()
         self._clock.run_due()
         if self._outcome is not None:

@@ -133,7 +133,7 @@ class Ata(PciFunction):
         medium = Medium(
             fd,
             getattr(self.options, f"readonly{number}"),
-            lambda line: self.host.log(f"{self.model}: disk{number}: {line}"),
+            lambda line: self.host.log(f"disk{number}: {line}"),
         )
         serial = getattr(self.options, f"serial{number}") or f"VMM{number:05}"
         channel, place = divmod(number, DRIVES)

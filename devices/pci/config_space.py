@@ -87,7 +87,7 @@ class ConfigSpaceOptions:
 
     def __post_init__(self) -> None:
         if self.ram_size & (self.ram_size - 1) or not PAGE <= self.ram_size <= LARGEST_RAM:
-            raise ValueError(f"ram_size is a power of two in {PAGE}..{LARGEST_RAM}")
+            raise ValueError(f"ram-size is a power of two in {PAGE}..{LARGEST_RAM}")
         if self.vendor_id == 0xFFFF:
             raise ValueError("vendor id 0xffff means that there is no function")
 

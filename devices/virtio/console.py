@@ -165,7 +165,7 @@ class Console(VirtioDevice):
                 host_io.write_all(self._log, [memoryview(data)], self.state.logged)
                 self.state.logged += len(data)
             except OSError as error:
-                self.host.log(f"{self.model}: the log: {error.strerror}")
+                self.host.log(f"the log: {error.strerror}")
 
     # Ports (5.3.6.2).
 

@@ -18,9 +18,13 @@ from enum import StrEnum
 from typing import NamedTuple
 
 _NAMES = {
-    "pair": re.compile(r"[A-Za-z0-9._-]{1,64}"),
-    "tap": re.compile(r"(?!\.{1,2}$)[^\s/:%]{1,15}"),  # linux, net/core/dev.c, dev_valid_name
+    "pair": re.compile(r"[A-Za-z0-9._-]+"),
+    "tap": re.compile(r"(?!\.{1,2}$)[^\s/:%]+"),  # linux, net/core/dev.c, dev_valid_name
 }
+_LONGEST = {
+    "pair": 64,
+    "tap": 15,
+}  # tap: IFNAMSIZ with its final NUL (linux, include/uapi/linux/if.h)
 
 
 class LinkKind(StrEnum):
@@ -46,6 +50,9 @@ class Link(NamedTuple):
         kind, colon, name = text.partition(":")
         pattern = _NAMES.get(kind)
         if pattern is not None:
+            most = _LONGEST[kind]
+            if len(name) > most:
+                raise ValueError(f"link={text}: the name has more than {most} characters")
             if not pattern.fullmatch(name):
                 raise ValueError(f"link={text}: after {kind}: comes a name, such as {kind}:lan0")
         elif colon or kind not in ("", "user"):

@@ -217,7 +217,7 @@ class VirtioDevice(PciFunction):
         self._granted = GrantedMemory(area, self.queue_sizes())
 
     def _needs_reset(self, what: str) -> None:
-        self.host.log(f"{self.model}: the driver must reset the device: {what}")
+        self.host.log(f"the driver must reset the device: {what}")
         for queue in self.virtqueues:
             queue.forget()
         self.state.status |= int(Status.NEEDS_RESET)

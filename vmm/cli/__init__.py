@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vmm.cli import options
 from vmm.cli.output import clean
@@ -37,6 +37,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {clean(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """A command knows all that follows it: what is left over is its error, not its parent's."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,12 +99,16 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         args = parser.parse_args(arguments)
-        if getattr(args, "config", None) is not None:
-            from vmm.cli.machine_file import read_defaults
+        if getattr(args, "config", None) is None:
+            return int(args.run(args))
+        from vmm.cli.given import Places
+        from vmm.cli.machine_file import read_defaults
 
-            args.parser.set_defaults(**read_defaults(args.config, args.parser))
-            args = parser.parse_args(arguments)
-        return int(args.run(args))
+        places = Places()
+        args.parser.set_defaults(**read_defaults(args.config, args.parser, places))
+        args = parser.parse_args(arguments)
+        with places.named():
+            return int(args.run(args))
     except SystemExit as end:
         sys.stdout.flush()
         return int(end.code or 0)

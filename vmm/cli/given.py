@@ -59,12 +59,12 @@ class Words:
 
     first: str
     several: str = ""
-    alone: str = ""
+    alone: tuple[str, ...] = ()
 
 
 WORDS = {
     "device": Words("model"),
-    "disk": Words("file", alone="readonly"),
+    "disk": Words("file", alone=("readonly", "direct")),
     "net": Words("link", several="forward"),
 }
 """By option; in a machine file these may be tables, too."""

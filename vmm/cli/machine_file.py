@@ -31,21 +31,26 @@ from typing import Any
 
 from devices.errors import UserError
 from vmm.cli.files import read_file
-from vmm.cli.given import WORDS, Given, read_words
+from vmm.cli.given import WORDS, Given, Places, read_words
 
 _HEADER = re.compile(r"\s*\[+\s*\"?([\w-]+)")
 _KEY = re.compile(r"\s*\"?([\w-]+)\"?\s*[.=]")
 _NOT_IN_A_FILE = ("help", "config")
 
 
-def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def read_defaults(
+    path: str, parser: argparse.ArgumentParser, places: Places | None = None
+) -> dict[str, Any]:
     """What the file says, as defaults for the parser of ``boot``.
+
+    Args:
+        places: is told where each option's value stands, for what is found wrong with it later.
 
     Raises:
         UserError: it cannot be read, is no TOML, or an option is wrong: with the line's number.
     """
     try:
-        text = read_file(path, "config").decode()
+        text = read_file(path, "config").decode("utf-8-sig")
         document = tomllib.loads(text)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -54,26 +59,33 @@ def read_defaults(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise UserError(f"config {path}: {error}") from error
     lines = _Lines(text)
     actions = {name: action for action in parser._actions if (name := _name(action))}
+    places = Places() if places is None else places
     found: dict[str, Any] = {}
     for key, value in document.items():
         where = f"config {path}: line {lines.of(key)}"
-        action = actions.get(key.replace("_", "-"))
+        action = actions.get(key)
         if action is None:
             near = difflib.get_close_matches(key, actions, 1)
             hint = f"; do you mean '{near[0]}'?" if near else f"; there are {', '.join(actions)}"
             raise UserError(f"{where}: there is no option '{key}'{hint}")
+        named = f"{where}: {key}"
         if key in WORDS and isinstance(value, list):
             place = f"config {path}"
             found[key] = [
                 Given(each, place, lines.of(key, index), lines.within(key, index))
                 if isinstance(each, dict)
-                else read_words(key, _one(action, each, where), place, lines.of(key))
+                else read_words(key, _one(action, each, named), place, lines.of(key))
                 for index, each in enumerate(value)
             ]
         elif key in WORDS and isinstance(value, dict):
             raise UserError(f"{where}: there may be several: write [[{key}]]")
         else:
-            found[action.dest] = _value(action, value, where)
+            made = found[action.dest] = _value(action, value, named)
+            given = Given({}, f"config {path}", lines.of(key))
+            for each in made if isinstance(made, list) else [made]:
+                first = str(each).partition(",")[0] if key == "module" else each
+                places.add(given, f"{key} {first}: ")
+                places.add(given, f"--{key} {first}: ")
     return found
 
 
@@ -86,20 +98,20 @@ def _name(action: argparse.Action) -> str:
 def _value(action: argparse.Action, value: Any, where: str) -> Any:
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{where}: is true or false, not {value!r}")
+            raise UserError(f"{where} is true or false, not {_shown(value)}")
         return value
     if isinstance(action.default, list):
         if not isinstance(value, list):
-            raise UserError(f"{where}: is a list, not {value!r}")
+            raise UserError(f"{where} is a list, not {_shown(value)}")
         return [_one(action, each, where) for each in value]
     return _one(action, value, where)
 
 
 def _one(action: argparse.Action, value: Any, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{where}: is text or a number, not {value!r}")
+        raise UserError(f"{where} is text or a number, not {_shown(value)}")
     if action.type is None and not isinstance(value, str):
-        raise UserError(f"{where}: is text, not {value!r}")
+        raise UserError(f"{where} is text, not {_shown(value)}")
     text = str(value)
     try:
         made = action.type(text) if callable(action.type) else text
@@ -109,6 +121,15 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
         known = ", ".join(map(str, action.choices))
         raise UserError(f"{where}: {text!r} is none of {known}")
     return made
+
+
+def _shown(value: Any) -> str:
+    """As it stands in the file, or what it is."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a table"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 class _Lines:

@@ -139,7 +139,8 @@ def add_boot(commands: Any) -> None:
         action="append",
         default=[],
         help="a disk, a raw image or block device: if=virtio|ide (default: virtio), readonly, "
-        "serial=TEXT; with virtio also queues=N, direct=BOOL, name=, slot=; may be repeated",
+        "serial=TEXT; with virtio also queues=N, direct, name=, slot=, isolation=jail|none, "
+        "dma=shared|granted; may be repeated",
     )
     image.add_argument(
         "--net",
@@ -148,7 +149,8 @@ def add_boot(commands: Any) -> None:
         default=[],
         help="a network card: user (no privileges needed; forward=tcp:8080:80 lets port 8080 of "
         "this host lead to the guest's 80), pair:NAME (a cable to another machine), tap:NAME, "
-        "none; mac=, name=, slot=; may be repeated (default: none)",
+        "none; mac=, name=, slot=, isolation=jail|none, dma=shared|granted; may be repeated "
+        "(default: none)",
     )
     image.add_argument(
         "--no-default-devices",

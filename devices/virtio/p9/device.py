@@ -291,4 +291,4 @@ class P9(VirtioDevice):
         self._forget_syncs()
         self._agree(self.state.msize)
         for path in self._session.restore(self.state.fids):
-            self.host.log(f"{self.model}: open file lost: {path!r} is not what it was")
+            self.host.log(f"open file lost: {path!r} is not what it was")
