@@ -322,7 +322,7 @@ def test_a_file_that_became_shorter(disk: Disk) -> None:
     assert disk.ask(T_IN, 9, b"", SECTOR)[0] == S_OK
     assert disk.ask(T_IN, 10, b"", SECTOR)[0] == S_IOERR
     assert disk.ask(T_IN, 100, b"", SECTOR)[0] == S_IOERR
-    assert disk.rig.logs == ["blk: the disk's file: the file has become shorter"]
+    assert disk.rig.logs == ["the disk's file: the file has become shorter"]
 
 
 def test_a_full_host_loses_nothing_that_was_flushed(

@@ -296,7 +296,7 @@ class Blk(VirtioDevice):
         """Name each kind of host error once; a guest can provoke them without end."""
         if error.errno not in self._told:
             self._told.add(error.errno)
-            self.host.log(f"{self.model}: the disk's file: {error.strerror}")
+            self.host.log(f"the disk's file: {error.strerror}")
 
 
 def _end(chain: Chain, status: int) -> None:
