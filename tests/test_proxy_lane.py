@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from proxy_helpers import SEATS, Only, Probe, Recorder, activate, child_of
 
-from proxy import lane
+from proxy import lane, machine_lane
 from proxy import messages as m
 from proxy.device import ProxyDevice
 from proxy.jail import JailMode
@@ -500,6 +500,7 @@ def test_a_page_that_says_asleep_at_each_opening(
         return is_open
 
     monkeypatch.setattr(MachineLane, "open", scribbling)
+    monkeypatch.setattr(machine_lane, "QUICK_NS", 1 << 40)  # wake-ups are slow on some idle hosts
     with child_of(script, shared=True) as child:
         device = ProxyDevice(child, Recorder(), placement=Only(seat), deadline=2)
         for _ in range(20 * BURST):
