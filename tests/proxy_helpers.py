@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -171,6 +172,7 @@ def activate(tube: socket.socket, shape: m.Shape = SHAPE, has_lane: bool = False
 
 def open_descriptors() -> set[str]:
     """This process's open descriptors and what they are."""
+    gc.collect()  # what an earlier test left to the collector
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         try:
