@@ -58,8 +58,8 @@ def stops(bench: Bench, how: str, count: int) -> None:
         for turn in range(count):
             assert bench.cpu.run(1 + turn % 50).reason is StopReason.BUDGET
         return
-    with Kicker(bench):  # a tenth of a millisecond for each
-        for _ in range(count // 3):
+    with Kicker(bench):
+        for _ in range(count):
             assert bench.cpu.run().reason is StopReason.BUDGET
 
 

@@ -110,7 +110,7 @@ def test_a_kick_is_told_from_a_halt() -> None:
         bench.memory.write(0x10040, b"\x48\xcf")  # IRETQ
         halts = stops = 0
         with kicking(bench, lambda: None):
-            while stops < 100 or halts < 100:
+            while stops < 500 or halts < 500:
                 reason = bench.cpu.run().reason
                 before, after = bench.words(COUNTER, 2)
                 if bench.cpu.halted:

@@ -420,7 +420,7 @@ def test_a_snapshot_goes_on_where_it_was(features: int) -> None:
         driver = Driver(rig)
         driver.start(features, 8)
         queue = driver.queues[LATER]
-        for number in range(10):  # the ring has 8 places
+        for number in range(20):  # the ring has 8 places
             text = b"%d" % number
             request = queue.send([text], [8], kick=number % 3 == 0)
             rig.replace(rig.snapshot())

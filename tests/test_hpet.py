@@ -358,13 +358,13 @@ BUSY = [
 ]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SCRIPTS)
 def test_hostile_guest(script: list[Op]) -> None:
     check_hostile(make, [ON, *BUSY, *script], most=3 * 501)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SCRIPTS, st.integers(0, 60))
 def test_snapshot_in_the_middle(script: list[Op], cut: int) -> None:
     check_twin(make, [ON, *BUSY, *script], cut)

@@ -96,11 +96,11 @@ def inventory(top: Path) -> dict[str, tuple[Any, ...]]:
     ids=["in-process", "jailed", "granted"],
 )
 def test_a_day_of_a_directory(shared: Path, how: dict[str, Any]) -> None:
-    data = os.urandom(8 << 20)
+    data = os.urandom(24 << 20)
     (shared / "big").write_bytes(data)
     (shared / "hello").write_text("from the host\n")
     (shared / "many").mkdir()
-    for number in range(500):
+    for number in range(1500):
         (shared / "many" / f"file-{number}").touch()
     tree = shared / "tree"
     (tree / "deep" / "deeper").mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_day_of_a_directory(shared: Path, how: dict[str, Any]) -> None:
         assert "from the host" in shell.ask("cat /m/hello")
         assert sha256(shell, "/m/big") == hashlib.sha256(data).hexdigest()
         shell.ask("cp /m/big /m/copied; sync")
-        assert "500" in shell.ask("ls /m/many | wc -l")
+        assert "1500" in shell.ask("ls /m/many | wc -l")
         shell.ask("cp -a /m/tree /m/again")
         shell.ask("echo one >/m/new; echo two >>/m/new; mv /m/new /m/tree/moved; rm /m/hello")
         shell.ask("mkdir /m/made; mv /m/tree/moved /m/made; rm -r /m/many; truncate -s 5 /m/made/s")
