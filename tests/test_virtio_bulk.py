@@ -94,7 +94,10 @@ def test_all_lie_in_ram(address: int, length: int) -> None:
             Chain(memory()).add_all([0, address], [1, length], [writable, writable])
 
 
-@given(st.lists(st.tuples(ADDRESSES, LENGTHS)))
+PARTS = st.tuples(st.sampled_from([0, 1, PAGE - 1, HIGH, HIGH + PAGE]), st.integers(0, 3 * PAGE))
+
+
+@given(st.lists(PARTS) | st.lists(st.tuples(ADDRESSES, LENGTHS)))
 def test_windows_and_written_pages_are_the_same(spans: list[tuple[int, int]]) -> None:
     told: list[tuple[int, int]] = []
     ram, singly = memory(told), memory(told)
@@ -139,16 +142,16 @@ def taken(table: list[tuple[int, int, int, int]]) -> Chain | None:
     return SplitRing(state, ram, indirect=True, event_idx=False).take()
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 3, 2]])
 def test_an_indirect_table_is_followed_as_its_links_say(order: list[int]) -> None:
-    table = [(0, 0, 0, 0)] * 3
+    table = [(0, 0, 0, 0)] * 4
     for number, at in enumerate(order):
-        last = number == 2
+        last = number == 3
         following = 0 if last else order[number + 1]
         table[at] = DATA + PAGE * number, 100 + number, F_WRITE | (0 if last else F_NEXT), following
     chain = taken(table)
     assert chain is not None
-    assert chain.spans() == [(DATA + PAGE * n, 100 + n) for n in range(3)]
+    assert chain.spans() == [(DATA + PAGE * n, 100 + n) for n in range(4)]
 
 
 def test_a_chain_may_end_before_its_table() -> None:
