@@ -54,32 +54,39 @@ class Shell:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.began = monotonic()
+        self._seen = b""
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
 
     def wait_for(self, text: bytes) -> None:
-        """Read until `text` was printed.
+        """Read until `text` was printed; what comes behind it stays for the next time.
 
         Raises:
             UserError: it does not come, or the process ends before.
         """
         assert self._process.stdout is not None
-        descriptor, seen, end = self._process.stdout.fileno(), b"", monotonic() + _LIMIT
-        while text not in seen:
+        descriptor, end = self._process.stdout.fileno(), monotonic() + _LIMIT
+        while text not in self._seen:
             if not select.select([descriptor], [], [], max(end - monotonic(), 0))[0]:
                 raise UserError(f"no {text!r} within {_LIMIT:g} s")
             data = os.read(descriptor, 1 << 16)
             if not data:
-                raise UserError(f"the guest ended before {text!r}: {seen[-200:]!r}")
-            seen = seen[-len(text) :] + data
+                raise UserError(f"the guest ended before {text!r}: {self._seen[-200:]!r}")
+            self._seen += data
+        self._seen = self._seen.partition(text)[2]
 
     def seconds_for(self, command: str) -> float:
-        """Wall time of a command in the guest."""
+        """Wall time of a command in the guest, without the typing of it.
+
+        A shell that prints its prompt while somebody types already may sleep (busybox: 20 ms).
+        """
         assert self._process.stdin is not None
-        began = monotonic()
         # Neither the echo of what is typed nor a line of the kernel must look like the answer.
-        os.write(self._process.stdin.fileno(), f"{command}; echo bench: do''ne\r".encode())
+        line = f"echo bench: be''gin; {command}; echo bench: do''ne\r"
+        os.write(self._process.stdin.fileno(), line.encode())
+        self.wait_for(b"bench: begin\r\n")
+        began = monotonic()
         self.wait_for(b"bench: done\r\n")
         return monotonic() - began
 
