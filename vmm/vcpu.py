@@ -97,6 +97,8 @@ class VcpuLoop:
         self._outcome: Outcome | None = None
         self.window = InterruptWindow()
         self._waits = False
+        self._inside = False
+        """The guest runs: whatever comes up now comes from an access of its own."""
         self._charged = 0.0
         cpu.deliver_by(self._taken)
         cpu.traps.msrs.apic = irqchip.lapic
@@ -147,15 +149,18 @@ class VcpuLoop:
                 events.watch()
                 stats.slices += 1
                 began = perf_counter()
+                self._inside = True
                 if steps is None:
                     stop = cpu.run(self._budget(last), interrupt=self._waits)
                 else:
                     stop = cpu.step(1)
                     steps -= 1
+                self._inside = False
                 stats.executing += perf_counter() - began
                 if stop.reason in (StopReason.SHUTDOWN, StopReason.ERROR):
                     self._crashed(stop)
         finally:
+            self._inside = False
             clock.pause()
             sys.setswitchinterval(interval)
             self._charge()
@@ -238,8 +243,8 @@ class VcpuLoop:
             window.size = min(window.size * 2, WINDOW_MAX)
 
     def _interrupt_waits(self) -> None:
-        """An interrupt or NMI begins to wait, perhaps in the middle of an access."""
-        if self._irqchip.nmi_pending() or not self._cpu.interrupt_waits():
+        """An interrupt or NMI begins to wait; outside of a run it is offered before the next."""
+        if self._inside and (self._irqchip.nmi_pending() or not self._cpu.interrupt_waits()):
             self._cpu.kick()
 
     def _deliver_interrupt(self) -> None:
