@@ -11,17 +11,15 @@ thought in a model: what it wrote is told to the CPU (`DmaMemory.flush`) before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import add
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from devices.contract import HasWork, TakesTurns
+from devices.host_io import address_of
+from devices.spans import PAGE_SHIFT, Spans
 
 Wrote = Callable[[Sequence[tuple[int, int]]], None]
-Spans = Sequence[tuple[int, int]]
-"""Ranges of guest-physical memory: (address, length) of each."""
 
-PAGE_SHIFT = 12
 _MOST_RUNS = 1024
 """Runs of written pages that are kept before they are sorted and joined."""
 
@@ -54,14 +52,19 @@ class GuestMemory(Protocol):
 
     # The same for the hundreds of pages of a large request at once.
 
-    def holds(self, addresses: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Whether all ranges certainly are RAM; False: look at each. There is one at least."""
+    def windows(self, spans: Iterable[tuple[int, int]]) -> list[memoryview]:
+        """Of each (address, length)."""
         ...
 
-    def windows(self, spans: Spans) -> list[memoryview]: ...
+    def host(self, spans: Spans) -> int | None:
+        """What is to be added to an address of any of them for where it is in this process.
 
-    def mark_all(self, spans: Spans) -> None:
-        """No range is empty."""
+        None: that is not the same for all, or they may not be RAM at all: look at each.
+        """
+        ...
+
+    def mark_pages(self, runs: Sequence[tuple[int, int]]) -> None:
+        """As `mark`, of whole pages: of each run the first and the first behind it."""
         ...
 
 
@@ -77,11 +80,14 @@ class DmaMemory:
         self._regions: list[tuple[int, int, memoryview]] = []
         self._runs: list[tuple[int, int]] = []
         """(first, end) of pages that were written, in the order of writing."""
+        self._hosts: dict[int, int] = {}
+        """By start of each region: where it lies in this process."""
 
     def map(self, regions: Sequence[tuple[int, memoryview]]) -> None:
         """From now on RAM is this: (guest-physical address, bytes) of each region."""
         largest_first = sorted(regions, key=lambda region: -region[1].nbytes)
         self._regions = [(start, start + view.nbytes, view) for start, view in largest_first]
+        self._hosts = {start: address_of(view) for start, view in regions}
 
     def window(self, address: int, length: int) -> memoryview:
         if length >= 0:
@@ -113,28 +119,21 @@ class DmaMemory:
                 self._join()
         runs.append((first, end))
 
-    def holds(self, addresses: Sequence[int], lengths: Sequence[int]) -> bool:
-        first, end = min(addresses), max(map(add, addresses, lengths))
-        return any(start <= first and end <= limit for start, limit, _ in self._regions)
-
-    def windows(self, spans: Spans) -> list[memoryview]:
-        for start, limit, view in self._regions:
-            found = [
-                view[address - start : address - start + length]
-                for address, length in spans
-                if start <= address and address + length <= limit and length >= 0
-            ]
-            if len(found) == len(spans):
-                return found
+    def windows(self, spans: Iterable[tuple[int, int]]) -> list[memoryview]:
         return [self.window(address, length) for address, length in spans]
 
-    def mark_all(self, spans: Spans) -> None:
-        runs = self._runs
-        runs += [
-            (address >> PAGE_SHIFT, (address + length - 1 >> PAGE_SHIFT) + 1)
-            for address, length in spans
-        ]
-        if len(runs) > _MOST_RUNS:
+    def host(self, spans: Spans) -> int | None:
+        addresses, lengths = spans.words[::2], set(spans.words[1::2])
+        if lengths and 0 not in lengths:
+            first, end = min(addresses), max(addresses) + max(lengths)  # quick, not sharp
+            for start, limit, _ in self._regions:
+                if start <= first and end <= limit:
+                    return self._hosts[start] - start
+        return None
+
+    def mark_pages(self, runs: Sequence[tuple[int, int]]) -> None:
+        self._runs += runs
+        if len(self._runs) > _MOST_RUNS:
             self._join()
 
     def flush(self) -> None:

@@ -6,7 +6,10 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+
+from devices.spans import Spans
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 """Linux, include/uapi/linux/falloc.h."""
@@ -14,12 +17,21 @@ _MADV_REMOVE = 9
 """Linux, include/uapi/asm-generic/mman-common.h: free the pages of a shared mapping's file."""
 _SHUT_WR, _SHUT_RDWR = 1, 2
 """Linux, include/linux/net.h."""
+MOST_PIECES = 1024
+"""Of memory in one call (IOV_MAX, include/uapi/linux/uio.h)."""
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _CHUNK = memoryview(mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ))
 """Zeros, aligned as O_DIRECT wants them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.preadv.argtypes = _libc.pwritev.argtypes = (
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.preadv.restype = _libc.pwritev.restype = ctypes.c_ssize_t
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
@@ -39,6 +51,79 @@ def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
             done -= len(left.pop(0))
         if left:
             left[0] = left[0][done:]
+
+
+class Vector:
+    """Pieces of memory in this process, for one system call: an array of `struct iovec` (readv(2)).
+
+    The pieces must stay mapped and of their size as long as it is used.
+
+    Attributes:
+        words: address and length of each piece.
+    """
+
+    def __init__(self, words: array[int]) -> None:
+        self.words = words
+
+    @classmethod
+    def at(cls, base: int, spans: Spans) -> Vector:
+        """`spans` of memory that begins at address `base` of this process."""
+        words = spans.words[:]
+        words[::2] = array("Q", [base + address for address in words[::2]])
+        return cls(words)
+
+    @classmethod
+    def of(cls, views: Sequence[memoryview]) -> Vector:
+        """`views` of memory that can be written."""
+        words = array("Q")
+        for view in views:
+            words.extend((address_of(view), view.nbytes))
+        return cls(words)
+
+    def read(self, fd: int, offset: int) -> int:
+        """As `os.preadv`."""
+        return self._call(_libc.preadv, fd, offset)
+
+    def write_all(self, fd: int, offset: int) -> None:
+        """Write all of it at `offset`, however many calls it takes.
+
+        Raises:
+            OSError: it cannot be written, or not wholly; a part of it may have been.
+        """
+        left = self
+        while left.words:
+            done = left._call(_libc.pwritev, fd, offset)
+            if not done:
+                raise OSError(errno.EIO, "nothing could be written")
+            offset += done
+            left = left.behind(done)
+
+    def behind(self, length: int) -> Vector:
+        """All but the first `length` bytes."""
+        words, at = self.words, 0
+        while at < len(words) and length >= words[at + 1]:
+            length -= words[at + 1]
+            at += 2
+        words = words[at:]
+        if length:
+            words[0] += length
+            words[1] -= length
+        return Vector(words)
+
+    def _call(self, call: Callable[..., int], fd: int, offset: int) -> int:
+        address, words = self.words.buffer_info()
+        while True:
+            done = call(fd, address, min(words // 2, MOST_PIECES), offset)
+            if done >= 0:
+                return done
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+
+
+def address_of(view: memoryview) -> int:
+    """Where memory that can be written lies in this process; 0 for none."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) if view.nbytes else 0
 
 
 class Direct:
@@ -88,7 +173,7 @@ class Direct:
     def _is_aligned(self, view: memoryview) -> bool:
         if len(view) % self.BLOCK:
             return False
-        return ctypes.addressof(ctypes.c_char.from_buffer(view)) % self.BLOCK == 0
+        return address_of(view) % self.BLOCK == 0
 
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:
@@ -139,5 +224,4 @@ def release(view: memoryview) -> bool:
     Returns:
         Whether the host could; not for memory that is no shared mapping of a file.
     """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-    return bool(_libc.madvise(address, view.nbytes, _MADV_REMOVE) == 0)
+    return bool(_libc.madvise(address_of(view), view.nbytes, _MADV_REMOVE) == 0)

@@ -24,7 +24,7 @@ from proxy.tube import MAX_DATAGRAM
 
 SPINS = range(2000)
 """Looks at the lane (some 0.1 ms) before the slow wait."""
-TURN_SPINS = range(6000)
+TURN_SPINS = range(16_000)
 """The same for a turn, which takes longer than a register access."""
 ONE_LOOK = range(1)
 """The same where the child sits on this CPU: it cannot run while we look."""

@@ -22,8 +22,8 @@ BURST = 16
 """Accesses on the tube between two looks at the clock and the CPU; a power of two."""
 QUICK_NS = 50_000 * BURST
 """`BURST` accesses within this time are worth a lane."""
-TURNS = 4
-TURNS_NS = 400_000 * TURNS
+TURNS = 2
+TURNS_NS = 1_500_000 * TURNS
 """`TURNS` synced writes on the tube within this time are worth a CPU of its own for the child."""
 LOST_NS, WINDOW_NS = 4_000_000, 50_000_000
 """Time in slow waits, of so much time, that closes a lane: its child does not get the CPU. One that

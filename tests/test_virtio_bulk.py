@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import tempfile
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.dma import DmaFault, DmaMemory
+from devices.spans import Spans
+from devices.virtio import packed as packed_module
+from devices.virtio import queue
 from devices.virtio.chain import Chain, RingError
+from devices.virtio.long_chain import LONG, LongChain
+from devices.virtio.packed import PackedRing
 from devices.virtio.queue import SplitRing
 from devices.virtio.ring import F_INDIRECT, F_NEXT, F_WRITE, QueueState
 
@@ -29,137 +37,312 @@ LENGTHS = st.sampled_from([0, 1, 2, PAGE - 1, PAGE, 3 * PAGE, HIGH, 0xFFFF_FFFF]
 DESCRIPTORS = st.lists(st.tuples(ADDRESSES, LENGTHS, st.sampled_from([0, F_WRITE])), min_size=1)
 
 
-class Endless:
+class Endless(DmaMemory):
     """Memory in which every range lies."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda runs: None)
 
     def window(self, address: int, length: int) -> memoryview:
         return memoryview(b"")
 
-    def holds(self, addresses: object, lengths: object) -> bool:
-        return True
+    def host(self, spans: Spans) -> int | None:
+        return None if 0 in spans.words[1::2] else 0
 
 
-@given(DESCRIPTORS, DESCRIPTORS, st.booleans())
-def test_a_chain_is_the_same(
-    first: list[tuple[int, int, int]], then: list[tuple[int, int, int]], endless: bool
+def long(ram: DmaMemory, descriptors: list[tuple[int, int, int]]) -> LongChain | None:
+    """As a ring makes it of these, which has seen to the order."""
+    readable = sum(not writable for _, _, writable in descriptors)
+    return LongChain.make(ram, 7, Spans.of(each[:2] for each in descriptors), readable)
+
+
+@given(DESCRIPTORS, st.booleans())
+def test_a_long_chain_is_what_the_same_one_by_one_is(
+    descriptors: list[tuple[int, int, int]], endless: bool
 ) -> None:
-    """Also what is wrong with it, and what comes behind descriptors that are there already."""
-
-    def build(at_once: bool) -> tuple[object, ...]:
-        chain = Chain(Endless() if endless else memory())  # type: ignore[arg-type]
-        wrong = None
-        try:
-            for part in (first, then):
-                if at_once:
-                    addresses, lengths, writable = zip(*part, strict=True)
-                    chain.add_all(addresses, lengths, writable)
-                else:
-                    for each in part:
-                        chain.add(*each)
-        except (RingError, DmaFault) as error:
-            wrong = type(error), str(error)
-        return wrong, chain.size, chain.room, chain._sources, chain._places
-
-    assert build(True) == build(False)
+    """There is none of what breaks a rule."""
+    descriptors.sort(key=lambda each: each[2])
+    ram = Endless() if endless else memory()
+    singly = Chain(ram, 7)
+    found = long(ram, descriptors)
+    try:
+        for each in descriptors:
+            singly.add(*each)
+    except (RingError, DmaFault):
+        assert found is None
+        return
+    if found is not None:
+        assert (found.id, found.size, found.room) == (7, singly.size, singly.room)
+        assert found.spans() == singly.spans()
 
 
-@pytest.mark.parametrize("writable", [[0, F_WRITE, 0], [F_WRITE, 0, 0]])
-def test_readable_ones_come_first(writable: list[int]) -> None:
-    with pytest.raises(RingError, match="follows a writable one"):
-        Chain(memory()).add_all([0, 0, 0], [1, 1, 1], writable)
-
-
-def test_readable_ones_do_not_come_behind_others() -> None:
-    chain = Chain(memory())
-    chain.add(0, 1, F_WRITE)
-    with pytest.raises(RingError, match="follows a writable one"):
-        chain.add_all([0, 0], [1, 1], [0, F_WRITE])
-
-
-def test_none_is_empty() -> None:
-    with pytest.raises(RingError, match="no bytes"):
-        Chain(memory()).add_all([0, PAGE], [1, 0], [0, 0])
+def test_there_is_a_long_chain() -> None:
+    assert long(memory(), [(0, 16, 0), (PAGE, PAGE, F_WRITE), (HIGH - 1, 1, F_WRITE)]) is None
+    assert long(memory(), [(0, 16, 0), (PAGE, PAGE, F_WRITE), (LOW - PAGE, 1, F_WRITE)]) is not None
 
 
 def test_all_together_are_at_most_4_gib() -> None:
-    chain = Chain(Endless())  # type: ignore[arg-type]
-    with pytest.raises(RingError, match="4 GiB"):
-        chain.add_all([0, 0], [0xFFFF_FFFF, 2], [0, F_WRITE])
+    assert long(Endless(), [(0, 0xFFFF_FFFF, 0), (0, 1, F_WRITE)]) is not None
+    assert long(Endless(), [(0, 0xFFFF_FFFF, 0), (0, 2, F_WRITE)]) is None
 
 
 @pytest.mark.parametrize(("address", "length"), [(LOW - 1, 2), (HIGH - 1, 2), (HIGH + LOW, 1)])
 def test_all_lie_in_ram(address: int, length: int) -> None:
     for writable in (0, F_WRITE):
-        with pytest.raises(DmaFault):
-            Chain(memory()).add_all([0, address], [1, length], [writable, writable])
+        assert long(memory(), [(0, 1, writable), (address, length, writable)]) is None
 
 
-PARTS = st.tuples(st.sampled_from([0, 1, PAGE - 1, HIGH, HIGH + PAGE]), st.integers(0, 3 * PAGE))
+def test_it_takes_no_more() -> None:
+    found = long(memory(), [(0, 1, 0)])
+    assert found is not None
+    with pytest.raises(TypeError):
+        found.add(0, 1, 0)
 
 
-@given(st.lists(PARTS) | st.lists(st.tuples(ADDRESSES, LENGTHS)))
-def test_windows_and_written_pages_are_the_same(spans: list[tuple[int, int]]) -> None:
-    told: list[tuple[int, int]] = []
-    ram, singly = memory(told), memory(told)
+SIZES = st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=6)
+
+
+def laid_out(sizes: list[int], writable: int) -> list[tuple[int, int, int]]:
+    """Descriptors of these sizes, the last one first in RAM."""
+    places, at = [], 0
+    for size in reversed(sizes):
+        places.append((at, size, writable))
+        at += size
+    return places[::-1]
+
+
+@given(SIZES, st.lists(st.integers(0, 4 * PAGE), max_size=4))
+def test_reading_it(sizes: list[int], parts: list[int]) -> None:
+    ram = DmaMemory(lambda runs: None)
+    ram.map([(0, memoryview(bytearray(n % 251 for n in range(18 * PAGE + 1))))])
+    singly, found = Chain(ram), long(ram, laid_out(sizes, 0))
+    assert found is not None
+    for each in laid_out(sizes, 0):
+        singly.add(*each)
+    for part in parts:
+        assert found.read(part) == singly.read(part)
+        assert found.size == singly.size
+    with tempfile.TemporaryFile() as file:
+        left = found.size
+        found.pwrite_all(file.fileno(), 3)
+        assert os.pread(file.fileno(), left + 1, 3) == singly.read()
+    assert found.size == 0
+
+
+@given(SIZES, st.lists(st.integers(0, 4 * PAGE), max_size=4), st.booleans())
+def test_writing_to_it(sizes: list[int], parts: list[int], header: bool) -> None:
+    """From a file, by copies, at places further on; and what is told of it."""
+    results = []
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(n % 241 for n in range(16 * PAGE)))
+        file.flush()
+        for kind in (Chain, LongChain):
+            told: list[tuple[int, int]] = []
+            ram = DmaMemory(told.extend)
+            ram.map([(0, memoryview(bytearray(24 * PAGE)))])
+            descriptors = [(19 * PAGE, 16, 0)] * header + laid_out(sizes, F_WRITE)
+            chain = Chain(ram) if kind is Chain else long(ram, descriptors)
+            assert chain is not None
+            if kind is Chain:
+                for each in descriptors:
+                    chain.add(*each)
+            chain.read()
+            for number, wanted in enumerate(parts):
+                part = min(wanted, chain.room - chain.written)
+                if number % 2:
+                    chain.write(bytes((number,)) * part)
+                elif part:
+                    chain.wrote(chain.preadv(file.fileno(), part, number * 100))
+            if chain.room - chain.written:
+                chain.write_at(chain.room - 1, b"e")
+            views = [bytes(view) for view in chain.places(0, chain.room)]
+            ram.flush()
+            pages = {page for first, count in told for page in range(first, first + count)}
+            assert sum(count for _, count in told) == len(pages), "each once"
+            results.append((ram.read(0, 20 * PAGE), chain.written, views, pages))
+    assert results[0] == results[1]
+
+
+PARTS = st.tuples(st.sampled_from([0, 1, PAGE - 1, HIGH, HIGH + PAGE]), st.integers(1, 3 * PAGE))
+
+
+@given(st.lists(PARTS, min_size=1) | st.lists(st.tuples(ADDRESSES, LENGTHS), min_size=1))
+def test_pages_of_ranges(spans: list[tuple[int, int]]) -> None:
+    spans = [span for span in spans if span[1]] or [(0, 1)]
+    pages = {p for a, n in spans for p in range(a // PAGE, (a + n - 1) // PAGE + 1) if p < 1 << 16}
+    found = {p for a, b in Spans.of(spans).pages() for p in range(a, min(b, 1 << 16))}
+    assert found == pages
+
+
+def test_pages_that_follow_each_other_are_one_run() -> None:
+    """In any order: Linux has them backwards."""
+    spans = Spans.of((PAGE * n, PAGE) for n in (9, 8, 7, 3, 2, 20))
+    assert spans.pages() == [(2, 4), (7, 10), (20, 21)]
+
+
+@given(st.lists(st.tuples(ADDRESSES, st.sampled_from([1, 2, PAGE, 3 * PAGE]))), st.data())
+def test_a_part_of_ranges(spans: list[tuple[int, int]], data: st.DataObject) -> None:
+    offset = data.draw(st.integers(0, 5 * PAGE))
+    length = data.draw(st.integers(0, 5 * PAGE))
+    singly = [a + n for a, size in spans for n in range(size)][offset : offset + length]
+    cut = Spans.of(spans).cut(offset, length)
+    assert [a + n for a, size in cut for n in range(size)] == singly
+    assert all(size for _, size in cut)
+
+
+@given(st.lists(st.tuples(ADDRESSES, LENGTHS)))
+def test_windows_are_the_same(spans: list[tuple[int, int]]) -> None:
+    ram = memory()
     try:
-        wanted = [singly.window(*span).nbytes for span in spans]
+        wanted = [ram.window(*span).nbytes for span in spans]
     except DmaFault:
         with pytest.raises(DmaFault):
             ram.windows(spans)
         return
     assert [view.nbytes for view in ram.windows(spans)] == wanted
-    for number, view in enumerate(ram.windows(spans)):
-        view[:] = bytes((number & 0xFF,)) * view.nbytes
-        assert ram.read(*spans[number]) == view.tobytes()
-    whole = [span for span in spans if span[1]]
-    ram.mark_all(whole)
-    ram.flush()
-    at_once = told.copy()
-    told.clear()
-    for span in whole:
-        singly.mark(*span)
-    singly.flush()
-
-    def pages(runs: list[tuple[int, int]]) -> set[int]:
-        return {page for first, count in runs for page in range(first, first + count)}
-
-    assert pages(at_once) == pages(told)
-    assert sum(count for _, count in at_once) == len(pages(at_once)), "each once"
 
 
 TABLE, QUEUE, AVAIL, USED, DATA = PAGE, 0, 2 * PAGE, 3 * PAGE, 4 * PAGE
-DESC = struct.Struct("<QIHH")
+SPLIT, PACKED = struct.Struct("<QIHH"), struct.Struct("<QIHH")
+SIZE = 32
+Table = list[tuple[int, int, int, int]]
+"""Of each descriptor: address, length, flags, next."""
 
 
-def taken(table: list[tuple[int, int, int, int]]) -> Chain | None:
-    """The chain of one indirect table."""
+def split(table: Table) -> Chain | None:
+    """The chain of one indirect table in a split ring."""
     ram = memory()
     for index, each in enumerate(table):
-        ram.write(TABLE + 16 * index, DESC.pack(*each))
-    ram.write(QUEUE, DESC.pack(TABLE, 16 * len(table), F_INDIRECT, 0))
+        ram.write(TABLE + 16 * index, SPLIT.pack(*each))
+    ram.write(QUEUE, SPLIT.pack(TABLE, 16 * len(table), F_INDIRECT, 0))
     ram.write(AVAIL, struct.pack("<HHH", 0, 1, 0))
-    state = QueueState(16, enabled=True, desc=QUEUE, driver=AVAIL, device=USED)
+    state = QueueState(SIZE, enabled=True, desc=QUEUE, driver=AVAIL, device=USED)
     return SplitRing(state, ram, indirect=True, event_idx=False).take()
 
 
+def packed(table: Table) -> Chain | None:
+    """The same in a packed ring, where the order of the table counts."""
+    ram = memory()
+    for index, (address, length, flags, id) in enumerate(table):
+        ram.write(TABLE + 16 * index, PACKED.pack(address, length, id, flags))
+    ram.write(QUEUE, PACKED.pack(TABLE, 16 * len(table), 5, F_INDIRECT | 1 << 7))
+    state = QueueState(SIZE, enabled=True, desc=QUEUE, driver=AVAIL, device=USED)
+    return PackedRing(state, ram, indirect=True, event_idx=False).take()
+
+
+TAKES = pytest.mark.parametrize("take", [split, packed])
+
+
+@pytest.fixture(params=[True, False], ids=["long", "short"])
+def is_long(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a table of any length becomes a long chain, where it can, or none does."""
+    for module in (queue, packed_module):
+        monkeypatch.setattr(module, "LONG", 1 if request.param else SIZE + 1)
+    return bool(request.param)
+
+
+def what(take: Callable[[Table], Chain | None], table: Table) -> object:
+    try:
+        chain = take(table)
+    except (RingError, DmaFault) as error:
+        return str(error)
+    assert chain is not None
+    read = [view.nbytes for view in chain.sources()]
+    return chain.id, chain.count, read, chain.room, chain.spans()
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Table:
+    """Mostly in order and right, sometimes not."""
+    count = draw(st.integers(1, 8))
+    readable = draw(st.integers(0, count))
+    table = []
+    for n in range(count):
+        flags = (F_NEXT if n < count - 1 else 0) | (F_WRITE if n >= readable else 0)
+        flags ^= draw(st.sampled_from([0] * 30 + [F_NEXT, F_WRITE, F_INDIRECT, 8]))
+        following = n + 1 if draw(st.integers(0, 20)) else draw(st.integers(0, count))
+        place = draw(st.sampled_from([(DATA + 64 * n, 64)] * 30 + [(LOW - 1, 2), (DATA, 0)]))
+        table.append((*place, flags, following))
+    return table
+
+
+@TAKES
+@given(table=tables())
+def test_a_table_is_the_same_short_and_long(
+    take: Callable[[Table], Chain | None], table: Table
+) -> None:
+    results = []
+    for least in (1, SIZE + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (queue, packed_module):
+                patch.setattr(module, "LONG", least)
+            results.append(what(take, table))
+    assert results[0] == results[1]
+
+
+@TAKES
+def test_a_table_becomes_a_long_chain_from_some_length_on(
+    take: Callable[[Table], Chain | None],
+) -> None:
+    for count in (LONG - 1, LONG):
+        last = count - 1
+        flags = [F_NEXT, *[F_NEXT | F_WRITE] * (count - 2), F_WRITE]
+        chain = take([(DATA + 64 * n, 64, flags[n], n + 1) for n in range(count)])
+        assert isinstance(chain, LongChain) == (count == LONG)
+        assert chain is not None
+        assert (chain.size, chain.room) == (64, 64 * last)
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 3, 2]])
-def test_an_indirect_table_is_followed_as_its_links_say(order: list[int]) -> None:
+def test_an_indirect_table_is_followed_as_its_links_say(order: list[int], is_long: bool) -> None:
     table = [(0, 0, 0, 0)] * 4
     for number, at in enumerate(order):
         last = number == 3
         following = 0 if last else order[number + 1]
         table[at] = DATA + PAGE * number, 100 + number, F_WRITE | (0 if last else F_NEXT), following
-    chain = taken(table)
+    chain = split(table)
     assert chain is not None
+    assert isinstance(chain, LongChain) == (is_long and order == [0, 1, 2, 3])
     assert chain.spans() == [(DATA + PAGE * n, 100 + n) for n in range(4)]
 
 
+@pytest.mark.usefixtures("is_long")
 def test_a_chain_may_end_before_its_table() -> None:
-    chain = taken([(DATA, 1, F_WRITE, 1), (DATA, 2, F_WRITE | F_NEXT, 2), (DATA, 3, F_WRITE, 0)])
+    chain = split([(DATA, 1, F_WRITE, 1), (DATA, 2, F_WRITE | F_NEXT, 2), (DATA, 3, F_WRITE, 0)])
     assert chain is not None
     assert chain.spans() == [(DATA, 1)]
 
 
+@pytest.mark.usefixtures("is_long")
 def test_a_table_that_links_to_itself_is_refused() -> None:
     with pytest.raises(RingError, match="loops"):
-        taken([(DATA, 1, F_WRITE | F_NEXT, 1), (DATA, 1, F_WRITE | F_NEXT, 0)])
+        split([(DATA, 1, F_WRITE | F_NEXT, 1), (DATA, 1, F_WRITE | F_NEXT, 0)])
+
+
+@TAKES
+@pytest.mark.usefixtures("is_long")
+def test_readable_ones_come_first(take: Callable[[Table], Chain | None]) -> None:
+    with pytest.raises(RingError, match="follows a writable one"):
+        take([(DATA, 1, F_NEXT, 1), (DATA, 1, F_WRITE | F_NEXT, 2), (DATA, 1, 0, 3)])
+
+
+@TAKES
+@pytest.mark.usefixtures("is_long")
+def test_none_is_empty(take: Callable[[Table], Chain | None]) -> None:
+    with pytest.raises(RingError, match="no bytes"):
+        take([(DATA, 1, F_NEXT, 1), (DATA, 0, F_WRITE, 2)])
+
+
+@pytest.mark.usefixtures("is_long")
+def test_what_stands_before_a_table_belongs_to_the_chain() -> None:
+    """2.7.5.3.2: a chain may end in an indirect descriptor."""
+    ram = memory()
+    for index in range(2):
+        ram.write(TABLE + 16 * index, SPLIT.pack(DATA, 5, F_WRITE | (1 - index), 1))
+    ram.write(QUEUE, SPLIT.pack(DATA, 3, F_NEXT, 1))
+    ram.write(QUEUE + 16, SPLIT.pack(TABLE, 32, F_INDIRECT, 0))
+    ram.write(AVAIL, struct.pack("<HHH", 0, 1, 0))
+    state = QueueState(SIZE, enabled=True, desc=QUEUE, driver=AVAIL, device=USED)
+    chain = SplitRing(state, ram, indirect=True, event_idx=False).take()
+    assert chain is not None
+    assert (chain.size, chain.room) == (3, 10)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from devices.dma import PAGE_SHIFT
 from devices.errors import DeviceFailure
 from devices.irqchip.ioapic import PINS
 from devices.irqchip.pc import IrqChip
 from devices.pci.host_bridge import PciRoot
+from devices.spans import PAGE_SHIFT
 from proxy.shape import ISA_LINES
 from vmm.attachment import Attachment
 from vmm.config import DmaMode

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from devices import host_io
 from devices.contract import U32, DeviceHost
-from devices.dma import PAGE_SHIFT
+from devices.spans import PAGE_SHIFT
 from devices.virtio.chain import Chain
 from devices.virtio.common import VirtioState
 from devices.virtio.ring import Queue, VirtQueue

@@ -31,7 +31,7 @@ from devices.virtio.ring import Queue, VirtQueue
 from devices.virtio.transport import VirtioDevice
 
 SECTOR = 512
-QUEUE_SIZE = 256
+QUEUE_SIZE = 512
 MOST_QUEUES = 16
 SERIAL_LENGTH = 20
 
@@ -194,11 +194,11 @@ class Blk(VirtioDevice):
             return S_IOERR
         self.spend(length >> _COST)
         while chain.written < length:
-            places = chain.places(chain.written, length - chain.written)
+            left, at = length - chain.written, offset + chain.written
             if self._direct is None:
-                done = os.preadv(self._fd, places, offset + chain.written)
+                done = chain.preadv(self._fd, left, at)
             else:
-                done = self._direct.read(places, offset + chain.written)
+                done = self._direct.read(chain.places(chain.written, left), at)
             if not done:
                 raise OSError(None, "the file has become shorter")
             chain.wrote(done)
@@ -211,7 +211,7 @@ class Blk(VirtioDevice):
         self.spend(length >> _COST)
         self._dirty = True
         if self._direct is None:
-            host_io.write_all(self._fd, chain.sources(), sector * SECTOR)
+            chain.pwrite_all(self._fd, sector * SECTOR)
         else:
             self._direct.write_all(chain.sources(), sector * SECTOR)
         return S_OK

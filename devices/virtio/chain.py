@@ -8,11 +8,13 @@ handler cannot fail by what the driver wrote; too little or too much is for it t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 
+from devices import host_io
 from devices.dma import GuestMemory
 
-_LONGEST = 1 << 32
+LONGEST = 1 << 32
 
 
 class RingError(ValueError):
@@ -36,11 +38,9 @@ class Chain:
     """
 
     __slots__ = (
-        "_asked",
         "_memory",
         "_places",
         "_sources",
-        "_spanned",
         "count",
         "elsewhere",
         "epoch",
@@ -55,8 +55,6 @@ class Chain:
         self._memory = memory
         self._sources: list[tuple[int, int]] = []
         self._places: list[tuple[int, int]] = []
-        self._asked = (-1, -1)
-        self._spanned: list[tuple[int, int]] = []
         self.id = id
         self.count = 1
         self.size = 0
@@ -83,34 +81,8 @@ class Chain:
         else:
             self._sources.append((address, length))
             self.size += length
-        if self.size + self.room > _LONGEST:
+        if self.size + self.room > LONGEST:
             raise RingError("a descriptor chain is longer than 4 GiB")
-
-    def add_all(
-        self, addresses: Sequence[int], lengths: Sequence[int], writable: Sequence[int]
-    ) -> None:
-        """Append descriptors, hundreds as quickly as few.
-
-        Raises:
-            RingError, DmaFault: one breaks a rule; those before it are appended.
-        """
-        sources = writable.count(0)
-        total = self.size + self.room + sum(lengths)
-        if (
-            0 in lengths
-            or any(writable[:sources])
-            or (sources and self._places)
-            or total > _LONGEST
-            or not self._memory.holds(addresses, lengths)
-        ):
-            for each in zip(addresses, lengths, writable, strict=True):
-                self.add(*each)
-            return
-        spans = list(zip(addresses, lengths, strict=True))
-        self._sources += spans[:sources]
-        self._places += spans[sources:]
-        self.size += sum(lengths[:sources])
-        self.room = total - self.size
 
     # What the driver wrote for us.
 
@@ -133,6 +105,14 @@ class Chain:
                 self._sources[0] = address + part, there - part
             left -= part
         return views
+
+    def pwrite_all(self, fd: int, offset: int) -> None:
+        """Write all that is left to a file.
+
+        Raises:
+            OSError: see `host_io.write_all`.
+        """
+        host_io.write_all(fd, self.sources(), offset)
 
     # What we write for the driver.
 
@@ -160,24 +140,27 @@ class Chain:
         """Bytes of the room in place, until the turn ends; `wrote` says that they were written."""
         return self._memory.windows(self._spans(offset, length))
 
+    def preadv(self, fd: int, length: int, offset: int) -> int:
+        """Read up to `length` bytes of a file to behind `written`; `wrote` says how many came.
+
+        Raises:
+            OSError: see `os.preadv`.
+        """
+        return os.preadv(fd, self.places(self.written, length), offset)
+
     def spans(self) -> list[tuple[int, int]]:
         """(address, length) of the writable descriptors, for what is about memory itself."""
         return list(self._places)
 
     def wrote(self, length: int) -> None:
         """`length` bytes after `written` were written in place."""
-        self._memory.mark_all(self._spans(self.written, length))
+        for span in self._spans(self.written, length):
+            self._memory.mark(*span)
         self.written += length
 
-    def _spans(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(address, length) of these bytes of the room. Quick: requests have hundreds.
-
-        Asked for twice, as a rule: for the places to write to, and when that is done.
-        """
-        if (offset, length) == self._asked:
-            return self._spanned
-        self._asked = offset, length
-        self._spanned = spans = []
+    def _spans(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """(address, length) of these bytes of the room."""
+        spans: list[tuple[int, int]] = []
         for address, there in self._places:
             if offset >= there:
                 offset -= there

@@ -30,10 +30,11 @@ requests that are used, once each; it believes none of it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from devices.dma import DmaFault, Spans
+from devices.dma import DmaFault
+from devices.spans import Spans
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.ring import QueueState, advance
 
@@ -109,14 +110,14 @@ class GrantedMemory:
     def mark(self, address: int, length: int) -> None:
         """Nothing: a used entry says what was written."""
 
-    def holds(self, addresses: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Not known: what is granted is a few ranges."""
-        return False
-
-    def windows(self, spans: Spans) -> list[memoryview]:
+    def windows(self, spans: Iterable[tuple[int, int]]) -> list[memoryview]:
         return [self.window(address, length) for address, length in spans]
 
-    def mark_all(self, spans: Spans) -> None:
+    def host(self, spans: Spans) -> int | None:
+        """Not known: what is granted is a few ranges."""
+        return None
+
+    def mark_pages(self, runs: Sequence[tuple[int, int]]) -> None:
         """Nothing, as `mark`."""
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+from array import array
 
 from devices.dma import GuestMemory
 from devices.virtio.chain import Chain, RingError
+from devices.virtio.long_chain import LONG, LongChain
 from devices.virtio.ring import (
     DESC_SIZE,
     F_INDIRECT,
@@ -14,6 +16,7 @@ from devices.virtio.ring import (
     QueueState,
     advance,
     quota,
+    spans_of,
 )
 
 _DESC = struct.Struct("<QIHH")  # address, length, id, flags
@@ -85,8 +88,7 @@ class PackedRing:
                 # 2.8.19: a list is either of one kind or of the other.
                 if count > 1 or flags & F_NEXT:
                     raise RingError("an indirect descriptor in a list of others")
-                self._add_table(chain, address, length)
-                break
+                return self._of_table(chain, address, length)
             chain.add(address, length, bool(flags & F_WRITE))
             if not flags & F_NEXT:
                 break
@@ -96,7 +98,7 @@ class PackedRing:
         chain.count = count
         return chain
 
-    def _add_table(self, chain: Chain, address: int, length: int) -> None:
+    def _of_table(self, chain: Chain, address: int, length: int) -> Chain:
         if not self._indirect:
             raise RingError("indirect descriptors were not negotiated")
         if not length or length % DESC_SIZE:
@@ -104,9 +106,17 @@ class PackedRing:
         if length // DESC_SIZE > self._state.size:
             raise RingError("a descriptor list is longer than the queue")
         # 2.8.7: of its flags only "write" means anything, and of its order nothing but itself.
-        table = _DESC.iter_unpack(self._memory.window(address, length))
-        addresses, lengths, _, flags = zip(*table, strict=True)
-        chain.add_all(addresses, lengths, [each & F_WRITE for each in flags])
+        table = self._memory.read(address, length)
+        if length // DESC_SIZE >= LONG:
+            writable = bytes([each & F_WRITE for each in array("H", table)[7::8]])
+            readable = writable.count(0)
+            if not any(writable[:readable]):
+                long = LongChain.make(self._memory, chain.id, spans_of(table), readable)
+                if long is not None:
+                    return long
+        for start, size, _, flags in _DESC.iter_unpack(table):
+            chain.add(start, size, flags & F_WRITE)
+        return chain
 
     def use(self, chain: Chain) -> None:
         state = self._state

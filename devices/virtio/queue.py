@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import struct
+from array import array
 
 from devices.dma import GuestMemory
 from devices.virtio.chain import Chain, RingError
+from devices.virtio.long_chain import LONG, LongChain
 from devices.virtio.ring import (
     DESC_SIZE,
     F_INDIRECT,
     F_NEXT,
     F_WRITE,
+    LARGEST_QUEUE,
     QueueState,
     quota,
+    spans_of,
 )
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
@@ -20,6 +24,7 @@ _USED = struct.Struct("<II")  # id, length
 _U16 = struct.Struct("<H")
 _HEADER = 4  # flags and index, in both rings
 _NO_INTERRUPT = 1
+_COUNTED = array("H", range(LARGEST_QUEUE))
 
 
 class SplitRing:
@@ -89,8 +94,10 @@ class SplitRing:
                 if flags & F_NEXT:
                     raise RingError("an indirect descriptor has a next one")
                 table, entries = self._table_at(address, length), length // DESC_SIZE
-                if entries <= left and _add_in_order(chain, table):
-                    return chain
+                if LONG <= entries <= left == self._state.size:
+                    long = _in_order(self._memory, head, table.tobytes())
+                    if long is not None:
+                        return long
                 in_indirect, index = True, 0
                 continue
             left -= 1
@@ -129,17 +136,18 @@ class SplitRing:
         return used > 0 and 0 < self.quota() <= used
 
 
-def _add_in_order(chain: Chain, table: memoryview) -> bool:
-    """Append an indirect table whose descriptors follow each other, as drivers make them.
+def _in_order(memory: GuestMemory, head: int, table: bytes) -> LongChain | None:
+    """A chain whose descriptors follow each other in their table, as drivers make them.
 
-    Returns:
-        False: they do not, or not all of them; the chain is as it was.
+    None: they do not, or not all of them; or see `LongChain.make`.
     """
-    addresses, lengths, flags, following = zip(*_DESC.iter_unpack(table), strict=True)
+    halves = array("H", table)
+    flags, following = halves[6::8], halves[7::8]
     last = len(flags) - 1
-    if following[:last] != tuple(range(1, last + 1)):
-        return False
-    if [each & ~F_WRITE for each in flags] != [F_NEXT] * last + [0]:
-        return False
-    chain.add_all(addresses, lengths, [each & F_WRITE for each in flags])
-    return True
+    if following[:last] != _COUNTED[1 : last + 1] or flags[last] & ~F_WRITE:
+        return None
+    readable = flags.count(F_NEXT)
+    expected = array("H", [F_NEXT]) * readable + array("H", [F_NEXT | F_WRITE]) * (last - readable)
+    if flags[:last] != expected or (flags[last] == 0 and readable < last):
+        return None
+    return LongChain.make(memory, head, spans_of(table), readable + (flags[last] == 0))

@@ -6,11 +6,13 @@ there are no barriers here, and notifications are decided once, when the turn en
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from devices.contract import U16
+from devices.spans import Spans
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.features import NO_VECTOR
 
@@ -20,6 +22,13 @@ LARGEST_QUEUE = 32768
 DESC_SIZE = 16
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
 """Flags of a descriptor (2.7.5, 2.8.5 to 2.8.7)."""
+
+
+def spans_of(table: bytes) -> Spans:
+    """The ranges of descriptors: in both rings 8 bytes of address, 4 of length, 4 of others."""
+    words = array("I", table)
+    words[3::4] = array("I", bytes(len(table) // 4))
+    return Spans(array("Q", words.tobytes()))
 
 
 class Queue(NamedTuple):
