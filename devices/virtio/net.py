@@ -6,7 +6,7 @@ frames; only a stream (``link=user``) makes the driver wait instead.
 Frames that arrived wait for the driver, up to `MOST_BYTES`; then the cable is left alone. The link
 goes down with the cable.
 
-A user-mode stack is no wire: it takes frames of up to `USER_MTU` bytes, so the driver is told that
+A user-mode stack is no wire: it takes long frames, so the driver is told of `USER_MTU`
 (VIRTIO_NET_F_MTU) and needs no segmentation. A pair or a tap gets frames as the driver made them.
 """
 
@@ -67,8 +67,10 @@ RX, TX = 0, 1
 MOST_BYTES = 256 << 10
 """Of frames that wait for the driver; what is read at once may come on top of it."""
 _MOST_AT_ONCE = 1 << 20
-USER_MTU = 65520
-"""Of passt: the largest that is a multiple of 4 with an Ethernet header in 65535 bytes."""
+USER_MTU = 16000
+"""passt takes 65520, but then downloads stop for 0.1 s again and again: it makes the window of its
+own socket follow the guest's, and while that is less than a segment the sender only probes it.
+Measured with Linux: 110 MiB/s with 9000 to 32000, 55 with 40000 and more, 35 with 4000."""
 _OFFLOADS = {
     F_GUEST_CSUM: OFFLOAD_CSUM,
     F_GUEST_TSO4: OFFLOAD_TSO4,

@@ -13,7 +13,6 @@ from devices.virtio.ring import (
     F_INDIRECT,
     F_NEXT,
     F_WRITE,
-    LARGEST_QUEUE,
     QueueState,
     quota,
     spans_of,
@@ -24,7 +23,7 @@ _USED = struct.Struct("<II")  # id, length
 _U16 = struct.Struct("<H")
 _HEADER = 4  # flags and index, in both rings
 _NO_INTERRUPT = 1
-_COUNTED = array("H", range(LARGEST_QUEUE))
+_COUNTED = array("H", range(1024))
 
 
 class SplitRing:
@@ -94,7 +93,7 @@ class SplitRing:
                 if flags & F_NEXT:
                     raise RingError("an indirect descriptor has a next one")
                 table, entries = self._table_at(address, length), length // DESC_SIZE
-                if LONG <= entries <= left == self._state.size:
+                if LONG <= entries <= min(left, len(_COUNTED)) and left == self._state.size:
                     long = _in_order(self._memory, head, table.tobytes())
                     if long is not None:
                         return long

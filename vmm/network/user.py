@@ -21,6 +21,7 @@ from contextlib import suppress
 from time import monotonic
 
 from devices.virtio.link import Forward
+from devices.virtio.net import USER_MTU
 from vmm.events import EventLoop
 from vmm.network.links import Log
 from vmm.opening import HostFileError
@@ -144,7 +145,7 @@ class UserEnd:
 def _arguments(fd: int, forwards: Sequence[Forward]) -> list[str]:
     arguments = ["--fd", str(fd), "--foreground", "--quiet", "--stderr"]
     arguments += ["--address", GUEST, "--netmask", PREFIX, "--gateway", GATEWAY]
-    arguments += ["--mac-addr", GATEWAY_MAC]
+    arguments += ["--mac-addr", GATEWAY_MAC, "--mtu", str(USER_MTU)]
     if not _has_route():
         # Without a way out it would give up; the host's own loopback is still there.
         arguments += ["--ipv4-only", "--interface", "lo"]
