@@ -56,8 +56,12 @@ class Shell:
         self.began = monotonic()
         self._seen = b""
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_for(self, text: bytes) -> None:
         """Read until `text` was printed; what comes behind it stays for the next time.

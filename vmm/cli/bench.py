@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from vmm.bench import access, disk, events, lifecycle, linux, linux_disk, network, speed
+from vmm.bench import access, disk, events, lifecycle, linux, linux_disk, linux_idle, network, speed
 from vmm.network.user import find_program
 
 ROUNDS = 7
@@ -78,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             progress("Linux: network")
             figures += _network(Path(args.linux), rounds)
+        progress("Linux: idle")
+        idle = linux_idle.measure(Path(args.linux))
+        figures.append(Figure("Linux: idle, all devices", idle, "% CPU", Goal(2)))
     if args.json:
         print(json.dumps([_as_json(figure) for figure in figures], indent=2))
         return 0
