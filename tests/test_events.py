@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import select
 import threading
 from collections.abc import Iterator
 from time import monotonic
@@ -10,6 +12,7 @@ from time import monotonic
 import pytest
 
 from vmm.events import FAR, EventLoop
+from vmm.timerfd import TimerFd
 
 
 @pytest.fixture
@@ -108,3 +111,52 @@ def test_a_kick_that_was_not_heard_is_repeated() -> None:
         heard.set()
         loop.close()
     assert len(kicks) == 3
+
+
+@pytest.fixture
+def past_1024() -> Iterator[None]:
+    """Whatever is opened now has a number that select(2) cannot take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("the host allows too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while taken[-1] < 1024:
+            taken.append(os.dup(taken[0]))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_descriptors_beyond_those_of_select(past_1024: None) -> None:
+    kicked = threading.Event()
+    loop = EventLoop(kicked.set)
+    try:
+        loop.watch()
+        loop.interrupt()
+        assert kicked.wait(20)
+    finally:
+        loop.close()
+
+
+def test_what_is_planned_after_the_end_reaches_nobody() -> None:
+    """Another machine may have the numbers of its descriptors by then."""
+    loop = EventLoop(lambda: None)
+    loop.watch()
+    number = loop._alarm.fd
+    loop.close()
+    other = TimerFd()
+    try:
+        os.dup2(other.fd, number)
+        other.set(monotonic() + 0.05)
+        loop.call_at(monotonic(), lambda: None)
+        loop.replanned()
+        other.set(FAR)
+        loop.call_at(0.0, lambda: None)
+        assert select.select([other.fd], [], [], 0.1)[0] == []
+    finally:
+        for fd in {number, other.fd}:
+            os.close(fd)

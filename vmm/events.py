@@ -18,7 +18,7 @@ import os
 import select
 import threading
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 
 from vmm.timerfd import TimerFd
 
@@ -27,7 +27,7 @@ FAR = float("inf")
 REPEAT = 2e-4
 """Seconds until a kick is repeated that was not heard."""
 LONGEST = 3600.0
-"""Seconds of one wait, at most: epoll and select refuse waits of more than 24 days or 2^63 ns."""
+"""Seconds of one wait, at most: epoll refuses waits of more than 24 days."""
 
 
 class Timer:
@@ -168,6 +168,7 @@ class EventLoop:
         self._arm(True)
         if self._thread is not None:
             self._thread.join()
+        self._armed = False  # nothing is planned any more
         self._watch.close()
         self._epoll.close()
         os.close(self._wake)
@@ -199,14 +200,16 @@ class EventLoop:
 
     def _watcher(self) -> None:
         while True:
-            repeat = REPEAT if self._unheard() else None
-            ready, _, _ = select.select([self._watch], [], [], repeat)
+            if self._unheard():
+                sleep(REPEAT)  # the waits of epoll are whole milliseconds
+                told = self._watch.poll(0)
+            else:
+                told = self._watch.poll()
             if self._closed:
                 return
-            if ready:
-                self._watch.poll(0)  # it has told us, and does not tell again
-                self._armed = False
-            if ready or self._unheard():
+            if told:
+                self._armed = False  # for it does not tell again
+            if told or self._unheard():
                 self._kick()
 
 

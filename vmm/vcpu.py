@@ -193,12 +193,12 @@ class VcpuLoop:
         self._clock.resume()  # a suspend, also that of a snapshot, has stopped it
         self._slice, self._waits = UNLIMITED, False
         takes_nmi = cpu.takes_nmi() if irqchip.nmi_pending() else False
+        if takes_nmi and irqchip.take_nmi():
+            self._delivered(cpu.inject_nmi())
         if takes_nmi is None:
             self._slice = 1  # to behind the next instruction
             self._events.look_within(WINDOW_SECONDS)
-        elif takes_nmi and irqchip.take_nmi():
-            self._delivered(cpu.inject_nmi())
-        elif irqchip.pending():
+        elif irqchip.pending() and self._outcome is None:
             self._offer_interrupt()
         if self._outcome is None:
             if cpu.executed >= last or steps == 0:

@@ -1,0 +1,40 @@
+"""The vCPU loop: no interrupt that waits is forgotten, whatever else the CPU takes before it."""
+
+from __future__ import annotations
+
+import struct
+from time import monotonic
+
+import pytest
+
+from vmm.boot.options import BootOptions, Mode
+from vmm.machine import Machine
+from vmm.outcome import Ending
+
+NMI_HANDLER, IRQ_HANDLER = 0x7C40, 0x7C50
+IRQ, VECTOR = 4, 0x24
+GUEST = bytes.fromhex(
+    "fa"  # cli
+    "b011e620 b020e621 b004e621 b001e621 b000e621"  # the 8259: vectors from 0x20 on, all unmasked
+    "ebfe"  # for ever
+).ljust(NMI_HANDLER - 0x7C00, b"\x90")
+GUEST += bytes.fromhex("fb90ebfe").ljust(IRQ_HANDLER - NMI_HANDLER, b"\x90")  # sti, and for ever
+GUEST += bytes.fromhex("faf4")  # the guest is finished
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_an_interrupt_is_offered_in_the_handler_of_an_nmi(clock: str) -> None:
+    """That enables interrupts and does not return; nothing else happens that ends a slice."""
+    with Machine(memory="16M", devices=(), clock=clock) as machine:
+        machine.boot(GUEST, BootOptions(mode=Mode.REAL, load_addr=0x7C00))
+        memory, chip = machine.parts.memory, machine.parts.board.irqchip
+        for vector, handler in ((2, NMI_HANDLER), (VECTOR, IRQ_HANDLER)):
+            memory.write(4 * vector, struct.pack("<HH", handler, 0))
+
+        def both() -> None:
+            chip.set_irq(IRQ, True)
+            chip.set_nmi(True)
+
+        machine.parts.events.call_at(monotonic() + 0.2, both)
+        assert machine.run(timeout=10).ending is Ending.HALTED
+        assert machine.parts.cpu.get_state().rip == IRQ_HANDLER + 2
