@@ -73,7 +73,15 @@ class Range:
 
 
 class RangeConflict(ValueError):
-    """A range that is to be inserted overlaps one that is there already."""
+    """A range that is to be inserted overlaps one that is there already.
+
+    Attributes:
+        owner: of that one; "" if it is no device's.
+    """
+
+    def __init__(self, text: str, owner: str = "") -> None:
+        super().__init__(text)
+        self.owner = owner
 
 
 @dataclass(slots=True)
@@ -274,5 +282,5 @@ class Bus:
         for entry in self._entries[max(index - 1, 0) : index + 1]:
             if entry.range.overlaps(wanted):
                 raise RangeConflict(
-                    f"{self.kind} {wanted} overlaps '{entry.owner}' at {entry.range}"
+                    f"{self.kind} {wanted} overlaps '{entry.owner}' at {entry.range}", entry.owner
                 )

@@ -6,9 +6,63 @@ traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What an error is about, so that whoever knows where that was written can say it.
+
+    Attributes:
+        option: as a user writes it, without dashes before it; "": the device as a whole.
+        device: the name of the device that has the option, or its model where it has no name yet;
+            "": it is an option of the command.
+        index: which of its values, if an option of the command has several.
+    """
+
+    option: str = ""
+    device: str = ""
+    index: int = 0
+
 
 class UserError(Exception):
-    """Bad usage, configuration, image or snapshot: one clear line, exit code 2."""
+    """Bad usage, configuration, image or snapshot: one clear line, exit code 2.
+
+    Attributes:
+        about: the options and devices that it is about; where several contradict each other, all.
+    """
+
+    def __init__(self, text: str = "", *about: Subject) -> None:
+        super().__init__(text)
+        self.about = about
+
+
+@contextmanager
+def concerning(*about: Subject) -> Iterator[None]:
+    """What a `UserError` that is raised inside is about, unless it knows better.
+
+    Raises:
+        UserError: what was raised inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.about = error.about or about
+        raise
+
+
+class OptionError(ValueError):
+    """Raised by a model's `Options`: values that cannot be.
+
+    Attributes:
+        options: their names.
+    """
+
+    def __init__(self, text: str, *options: str) -> None:
+        super().__init__(text)
+        self.options = options
 
 
 class DeviceError(Exception):

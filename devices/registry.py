@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from devices.contract import Device, FileBytes
-from devices.errors import UserError
+from devices.errors import OptionError, Subject, UserError
 from devices.options import wanted
 
 MODELS: dict[str, str] = {
@@ -46,10 +46,11 @@ def load(model: str) -> type[Device]:
     Raises:
         UserError: there is no such model, or its module cannot be imported.
     """
-    target = MODELS.get(model, model)
+    target, about = MODELS.get(model, model), Subject("model", model)
     module_name, _, class_name = target.partition(":")
     if not (module_name and class_name):
-        raise UserError(f"unknown device model '{model}'; there are {', '.join(sorted(MODELS))}")
+        known = ", ".join(sorted(MODELS))
+        raise UserError(f"unknown device model '{model}'; there are {known}", about)
     try:
         found: Any = importlib.import_module(module_name)
         for part in class_name.split("."):
@@ -57,9 +58,10 @@ def load(model: str) -> type[Device]:
     except Exception as error:
         # Not only ImportError: a module from elsewhere fails in ways of its own.
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"device model '{model}' cannot be loaded: {text}") from error
+        raise UserError(f"device model '{model}' cannot be loaded: {text}", about) from error
     if not (isinstance(found, type) and issubclass(found, Device)):
-        raise UserError(f"device model '{model}' is not a subclass of devices.contract.Device")
+        problem = "is not a subclass of devices.contract.Device"
+        raise UserError(f"device model '{model}' {problem}", about)
     return found
 
 
@@ -78,18 +80,21 @@ def parse_options(model: type[Device], given: Mapping[str, Any]) -> Any:
         name = key.replace("-", "_")
         if name not in names:
             known = ", ".join(n.replace("_", "-") for n in names) or "no options"
-            raise UserError(f"device '{model.model}' has no option '{key}'; it has {known}")
+            problem = f"has no option '{key}'; it has {known}"
+            raise UserError(f"device '{model.model}' {problem}", Subject(key, model.model))
         try:
             values[name] = _convert(value, hints[name])
         except (ValueError, TypeError) as error:
             words = wanted(hints[name])
             problem = f" is not {words}" if words else f": {error}"
             where = f"device '{model.model}': option {key}={_shown(value)}"
-            raise UserError(f"{where}{problem}") from error
+            raise UserError(f"{where}{problem}", Subject(key, model.model)) from error
     try:
         return model.Options(**values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"device '{model.model}': {error}") from error
+        wrong = error.options if isinstance(error, OptionError) else ()
+        about = [Subject(option, model.model) for option in wrong]
+        raise UserError(f"device '{model.model}': {error}", *about) from error
 
 
 def _shown(value: Any) -> str:
@@ -134,16 +139,15 @@ def inline_files(model: type[Device], options: Mapping[str, Any]) -> dict[str, A
     for key, value in options.items():
         if hints.get(key.replace("-", "_")) != FileBytes or not isinstance(value, str):
             continue
+        where, about = f"device '{model.model}': {key}={value}", Subject(key, model.model)
         try:
             with open(value, "rb") as file:
                 data = file.read(LARGEST_FILE + 1)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"device '{model.model}': {key}={value}: {reason}") from error
+            raise UserError(f"{where}: {reason}", about) from error
         if len(data) > LARGEST_FILE:
-            raise UserError(
-                f"device '{model.model}': {key}={value}: it has more than {LARGEST_FILE >> 10} KiB"
-            )
+            raise UserError(f"{where}: it has more than {LARGEST_FILE >> 10} KiB", about)
         inlined[key] = base64.b64encode(data).decode()
     return inlined
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli_rig import given, run
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.cli.disks import disks
 from vmm.cli.given import Places
 from vmm.config import DeviceConfig, DmaMode
@@ -148,8 +148,9 @@ def test_what_is_known_late_is_told_in_the_users_words() -> None:
     """Root may do everything, so the permission itself cannot be missed here."""
     places = Places()
     disks(given("disk", "a.img,if=ide", "b.img,if=ide"), [], places)
+    problem = "device 'ide': disk1=b.img: no; give readonly1=true"
     with pytest.raises(UserError) as caught, places.named():
-        raise UserError("device 'ide': disk1=b.img: no; give readonly1=true")
+        raise UserError(problem, Subject("disk1", "ide"))
     assert str(caught.value) == "device 'ide': file=b.img: no; give readonly=true"
 
 

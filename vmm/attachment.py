@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from devices.bus import Bus, BusDevice, BusType, Range, RangeConflict
 from devices.contract import Adjustable, Region, TakesInput
-from devices.errors import DeviceError, UserError
+from devices.errors import DeviceError, Subject, UserError
 from devices.pci.contract import BarInfo, PciConfig
 from devices.pci.intx import Slot
 from proxy.device import ProxyDevice
@@ -152,14 +152,18 @@ class Attachment:
         """Put the regions that have an address of their own on the buses.
 
         Raises:
-            UserError: no address, or one that is taken.
+            UserError: no address, one that is taken, or an option that is not for such a device.
             DeviceError: regions that cannot be.
         """
         regions = self.regions()
         fixed = [region for region in regions if region.start is not None]
         addr = self.config.addr
+        if self.pci_function() is None and self.config.slot is not None:
+            raise self._refused("slot", "is no PCI function: it takes no slot=")
+        if self.pci_function() is not None and self.config.irq is not None:
+            raise self._refused("irq", "is a PCI function: it takes no irq=")
         if addr is not None and (self.pci_function() or len(regions) != 1):
-            raise UserError(f"device '{self.name}' has no single bus region for addr= to move")
+            raise self._refused("addr", "has no single bus region for addr= to move")
         for region, handler in zip(regions, self.handlers, strict=True):
             start = region.start if addr is None else addr
             if start is None:
@@ -168,8 +172,15 @@ class Attachment:
                 where = Range(start, region.length)
                 buses[region.bus].insert(where, handler, self.name)
             except (RangeConflict, ValueError) as error:
-                raise UserError(f"device '{self.name}': {error}; give it another addr=") from error
+                about = [Subject("addr", self.name)]
+                if isinstance(error, RangeConflict) and error.owner:
+                    about.append(Subject("addr", error.owner))
+                problem = f"device '{self.name}': {error}; give it another addr="
+                raise UserError(problem, *about) from error
             self.placed.append((region.bus, where))
         self.lines = tuple(region.irq for region in fixed if region.irq is not None)
         if self.config.irq is not None:
             self.lines = (self.config.irq,)
+
+    def _refused(self, option: str, problem: str) -> UserError:
+        return UserError(f"device '{self.name}' {problem}", Subject(option, self.name))

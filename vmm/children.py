@@ -8,7 +8,7 @@ from typing import Any
 
 from devices import registry
 from devices.contract import Device
-from devices.errors import UserError
+from devices.errors import Subject, UserError, concerning
 from devices.virtio.granted import AREA_LIMIT
 from proxy.child_interface import ChildInterface
 from proxy.device import ProxyDevice
@@ -66,9 +66,10 @@ def order_children(
     unjailed = _without_process(config)
     if unjailed and host.jail is JailMode.STRICT:
         raise JailUnavailable(
-            f"--jail=strict cannot be had: without a process of their own are {unjailed}; "
+            f"--jail=strict cannot be had: without a process of their own are {_listed(unjailed)}; "
             "give them isolation=jail",
             (),
+            *(Subject("isolation", name) for name in unjailed),
         )
     isolated = [device for device in config.devices if device.isolated]
     for device in isolated:
@@ -81,27 +82,28 @@ def order_children(
         lines = [warden.plan.one_line()]
         if unjailed:
             lines.append(
-                f"jail: none for {unjailed} (isolation=none): no process of their own, "
+                f"jail: none for {_listed(unjailed)} (isolation=none): no process of their own, "
                 "all the rights of this user"
             )
         starts = {}
         for device in isolated:
             factory = factories.get(device.name)
-            _check_dma(device, factory)
-            links[device.name] = links_for(device, factory, host_files)
-            fds = files_for(device, factory, host_files)
-            try:
-                starts[device.name] = warden.order(
-                    device.name,
-                    device.model,
-                    device.options,
-                    factory=own.index(device.name) if device.name in own else None,
-                    fds=fds | links[device.name].fds,
-                    guest_memory=config.memory if device.dma is DmaMode.SHARED else AREA_LIMIT,
-                    finish_work=config.clock is ClockKind.VIRTUAL,
-                )
-            finally:
-                close_all(list(fds.values()))
+            with concerning(Subject(device=device.name)):
+                _check_dma(device, factory)
+                links[device.name] = links_for(device, factory, host_files)
+                fds = files_for(device, factory, host_files)
+                try:
+                    starts[device.name] = warden.order(
+                        device.name,
+                        device.model,
+                        device.options,
+                        factory=own.index(device.name) if device.name in own else None,
+                        fds=fds | links[device.name].fds,
+                        guest_memory=config.memory if device.dma is DmaMode.SHARED else AREA_LIMIT,
+                        finish_work=config.clock is ClockKind.VIRTUAL,
+                    )
+                finally:
+                    close_all(list(fds.values()))
     except BaseException:
         warden.close()
         for each in links.values():
@@ -168,13 +170,17 @@ def proxy_for(
 def _check_dma(device: DeviceConfig, factory: DeviceFactory | None) -> None:
     kind = model_of(device, factory)
     if device.dma is DmaMode.GRANTED and kind is not None and not kind.grantable:
-        raise UserError(f"device '{device.name}': {NOT_GRANTABLE}")
+        raise UserError(f"device '{device.name}': {NOT_GRANTABLE}", Subject("dma", device.name))
 
 
-def _without_process(config: MachineConfig) -> str:
+def _without_process(config: MachineConfig) -> list[str]:
     """The devices that no jail holds, apart from the debug-exit port."""
-    return ", ".join(
-        f"'{device.name}'"
+    return [
+        device.name
         for device in config.devices
         if not device.isolated and device.model != DEBUG_EXIT
-    )
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

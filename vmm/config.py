@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from proxy.jail import JailMode
 from proxy.shape import ISA_LINES
 from vmm.outcome import ENDS_THE_RUN
@@ -72,39 +72,47 @@ class DeviceConfig:
     dma: DmaMode = DmaMode.SHARED
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dma", choice(DmaMode, self.dma, f"device '{self.name}': dma"))
+        where = f"device '{self.name}'"
+        object.__setattr__(self, "dma", choice(DmaMode, self.dma, f"{where}: dma", self._on("dma")))
         if self.dma is DmaMode.GRANTED and not self.isolated:
             raise UserError(
-                f"device '{self.name}': dma=granted is for a process of its own, which "
-                "isolation=none takes away"
+                f"{where}: dma=granted is for a process of its own, which isolation=none takes "
+                "away",
+                self._on("dma"),
+                self._on("isolation"),
             )
-        if not NAME.fullmatch(self.name):
+        if type(self.name) is not str or not NAME.fullmatch(self.name):
             raise UserError(
-                f"device name '{self.name}': use 1 to 32 of a-z 0-9 . _ -, first a letter or digit"
+                f"device name '{self.name}': use 1 to 32 of a-z 0-9 . _ -, first a letter or digit",
+                self._on("name"),
             )
         for key, value in (("irq", self.irq), ("addr", self.addr)):
             if value is not None and type(value) is not int:
-                raise UserError(f"device '{self.name}': {key}={value!r} is not an integer")
+                raise UserError(f"{where}: {key}={value!r} is not an integer", self._on(key))
         if self.irq is not None and self.irq not in ISA_LINES:
             raise UserError(
-                f"device '{self.name}': irq={self.irq} is not a line from 0 to 15 without 2"
+                f"{where}: irq={self.irq} is not a line from 0 to 15 without 2", self._on("irq")
             )
         if self.slot is not None:
             if type(self.slot) not in (int, str):
-                raise UserError(f"device '{self.name}': slot={self.slot!r} is no slot")
+                problem = 'is no slot; write a number, or text such as "3.1"'
+                raise UserError(f"{where}: slot={self.slot!r} {problem}", self._on("slot"))
             try:
                 place = Place.parse(str(self.slot))
             except UserError as error:
-                raise UserError(f"device '{self.name}': {error}") from None
+                raise UserError(f"{where}: {error}", self._on("slot")) from None
             object.__setattr__(self, "slot", str(place))
         if self.addr is not None and not 0 <= self.addr < 1 << 64:
-            raise UserError(f"device '{self.name}': addr={self.addr:#x} is no 64-bit address")
+            raise UserError(f"{where}: addr={self.addr:#x} is no 64-bit address", self._on("addr"))
+
+    def _on(self, option: str) -> Subject:
+        return Subject(option, self.name)
 
 
 _Kind = TypeVar("_Kind", bound=enum.StrEnum)
 
 
-def choice(kind: type[_Kind], text: str, what: str) -> _Kind:
+def choice(kind: type[_Kind], text: str, what: str, *about: Subject) -> _Kind:
     """The member of `kind` that `text` names.
 
     Raises:
@@ -114,7 +122,7 @@ def choice(kind: type[_Kind], text: str, what: str) -> _Kind:
         return kind(text)
     except ValueError:
         known = ", ".join(kind)
-        raise UserError(f"{what} is one of {known}, not {text!r}") from None
+        raise UserError(f"{what} is one of {known}, not {text!r}", *about) from None
 
 
 class ClockKind(enum.StrEnum):
@@ -153,7 +161,8 @@ class MachineConfig:
         for device in self.devices:
             if device.name in seen:
                 raise UserError(
-                    f"device '{device.name}': another one has this name; give one of them a name="
+                    f"device '{device.name}': another one has this name; give one of them a name=",
+                    Subject("name", device.name),
                 )
             seen.add(device.name)
 
@@ -285,16 +294,22 @@ def device_from(
     own = dict(options)
     isolation = own.pop("isolation", "jail")
     if isolation not in ("jail", "none"):
-        raise UserError(f"{where}: isolation is 'jail' or 'none', not '{isolation}'")
-    general = {key: _number(where, key, own) for key in ("addr", "irq")}
-    dma = choice(DmaMode, own.pop("dma", DmaMode.SHARED), f"{where}: dma")
+        raise UserError(
+            f"{where}: isolation is 'jail' or 'none', not '{isolation}'",
+            Subject("isolation", model),
+        )
+    general = {key: _number(where, model, key, own) for key in ("addr", "irq")}
+    granting = Subject("dma", model)
+    dma = choice(DmaMode, own.pop("dma", DmaMode.SHARED), f"{where}: dma", granting)
     slot = own.pop("slot", None)
-    name = own.pop("name", None) or _free_name(model, taken)
+    name = own.pop("name", "")
+    if name == "":
+        name = _free_name(model, taken)
     kind = registry.load(model)
     own = registry.inline_files(kind, own)
     registry.parse_options(kind, own)
     if dma is DmaMode.GRANTED and not kind.grantable:
-        raise UserError(f"{where}: {NOT_GRANTABLE}")
+        raise UserError(f"{where}: {NOT_GRANTABLE}", granting)
     return DeviceConfig(
         name,
         model,
@@ -307,14 +322,14 @@ def device_from(
     )
 
 
-def _number(where: str, key: str, options: dict[str, Any]) -> int | None:
+def _number(where: str, model: str, key: str, options: dict[str, Any]) -> int | None:
     value = options.pop(key, None)
     if value is None or type(value) is int:
         return value
     try:
         return int(value, 0)
     except (ValueError, TypeError):
-        raise UserError(f"{where}: {key}={value} is not a number") from None
+        raise UserError(f"{where}: {key}={value} is not a number", Subject(key, model)) from None
 
 
 def _free_name(model: str, taken: Iterable[str]) -> str:

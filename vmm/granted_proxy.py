@@ -9,7 +9,7 @@ from typing import Any
 
 from devices.bus import BusDevice
 from devices.dma import DmaMemory
-from devices.errors import DeviceError, UserError
+from devices.errors import DeviceError, Subject, UserError
 from devices.pci.contract import VIRTUAL_RESET, ConfigWriteResult
 from devices.virtio.granted import area_parts
 from devices.virtio.structures import fixed_registers
@@ -87,7 +87,7 @@ class GrantedProxy(ProxyDevice):
         sizes = self.shape.virtqueues
         if not sizes:
             self.shutdown()
-            raise UserError(f"device '{self.name}': {NOT_GRANTABLE}")
+            raise UserError(f"device '{self.name}': {NOT_GRANTABLE}", Subject("dma", self.name))
         _, length = area_parts(sizes)
         fd = lane.create_sealed(f"grants-{self.name}", length)
         try:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from devices import registry
 from devices.contract import Device
+from devices.errors import Subject, concerning
 from devices.files import HostFile, host_files
 from proxy.tube import close_all
 from vmm import disks
@@ -65,6 +66,11 @@ class _Used:
     fd: int
     writable: bool
     private: bool = False
+
+    @property
+    def subject(self) -> Subject:
+        device, _, option = self.name.rpartition(".")
+        return Subject(option, device)
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,11 @@ class HostFiles:
                     flags = flags_for(file, options)
                     name = f"{device.name}.{option}"
                     movable = device.name if file.directory or file.output else ""
-                    with self.naming_snapshot(movable):
-                        opened[option] = self._open(name, path, file, flags, where)
-                    if file.directory and device.isolated and os.geteuid() == 0:
-                        check_rights(opened[option], file.may_write(options), where)
+                    with concerning(Subject(option, device.name)):
+                        with self.naming_snapshot(movable):
+                            opened[option] = self._open(name, path, file, flags, where)
+                        if file.directory and device.isolated and os.geteuid() == 0:
+                            check_rights(opened[option], file.may_write(options), where)
         except BaseException:
             close_all(list(opened.values()))
             raise
@@ -142,7 +149,8 @@ class HostFiles:
             if self._saved is None:
                 raise
             mend = movable and f"; restore --device {movable},OPTION=VALUE gives another place"
-            raise HostFileError(f"snapshot {self._saved.snapshot}: {error}{mend}") from error
+            problem = f"snapshot {self._saved.snapshot}: {error}{mend}"
+            raise HostFileError(problem, *error.about) from error
 
     def hold(self, device: str, option: str, fd: int, writable: bool = True) -> None:
         """Note that a device has this descriptor."""
@@ -184,10 +192,11 @@ class HostFiles:
             for used in self._used:
                 alone = wanted.writable or used.writable
                 if alone and os.path.samestat(os.fstat(used.fd), about):
-                    device, _, _ = used.name.rpartition(".")
                     raise HostFileError(
-                        f"{where}: is given twice: device '{device}' has it, too; give each a "
-                        "file of its own, or both read-only"
+                        f"{where}: is given twice: device '{used.subject.device}' has it, too; "
+                        "give each a file of its own, or both read-only",
+                        wanted.subject,
+                        used.subject,
                     )
 
     def _private(self, used: _Used, file: HostFile, flags: int, where: str) -> int:

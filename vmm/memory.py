@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from devices.dma import DmaMemory, Wrote
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from proxy.device import GuestRam
 from proxy.shape import MemoryRegion
 
@@ -77,12 +77,14 @@ class GuestMemory:
     def __init__(self, size: int, rom: int = 0) -> None:
         if size % PAGE or not 1 << 20 <= size <= MAX_SIZE:
             raise UserError(
-                f"guest memory of {size} bytes: give a multiple of 4K from 1M to {MAX_SIZE >> 30}G"
+                f"guest memory of {size} bytes: give a multiple of 4K from 1M to {MAX_SIZE >> 30}G",
+                Subject("mem"),
             )
         if rom % PAGE or not 0 <= rom <= MAX_ROM:
             raise UserError(
                 f"a firmware ROM of {rom} bytes: it must be a multiple of 4K and at most "
-                f"{MAX_ROM >> 20}M"
+                f"{MAX_ROM >> 20}M",
+                Subject("firmware"),
             )
         self.size = size
         self.file_size = total = size + rom
@@ -94,7 +96,8 @@ class GuestMemory:
             self._map = mmap.mmap(self.fd, total)
         except (OSError, OverflowError) as error:
             os.close(self.fd)
-            raise UserError(f"guest memory of {size} bytes cannot be had: {error}") from error
+            problem = f"guest memory of {size} bytes cannot be had: {error}"
+            raise UserError(problem, Subject("mem")) from error
         # A fork must not take guest memory along: a device gets it only by keep_fds.
         self._map.madvise(mmap.MADV_DONTFORK)
         self.view = memoryview(self._map)

@@ -13,7 +13,7 @@ from time import monotonic, time
 
 from devices.bus import Bus, BusType, Range
 from devices.contract import Device
-from devices.errors import DeviceError, DeviceFailure, UserError
+from devices.errors import DeviceError, DeviceFailure, Subject, UserError, concerning
 from proxy.device import ProxyDevice
 from proxy.placement import Placement
 from proxy.tube import close_all
@@ -129,9 +129,10 @@ class Parts:
         how = {"deadline": self.host.deadline, "placement": self.placement, "synced": counts}
         for device in self.config.devices:
             start, factory = children.starts.get(device.name), factories.get(device.name)
-            if start is None:
-                self._attach_local(device, factory)
-            else:
+            with concerning(Subject(device=device.name)):
+                if start is None:
+                    self._attach_local(device, factory)
+                    continue
                 proxy = proxy_for(start.wait(), device, factory, self.wiring, self.memory, **how)
                 self._activate(proxy)
                 self._attach(device, Attachment(device, proxy))
@@ -224,13 +225,9 @@ class Parts:
             links.attach(self.events, self.wiring.log)
 
     def _attach(self, device: DeviceConfig, attachment: Attachment) -> None:
-        function = attachment.pci_function()
         if device.name in self.wiring.attached:
-            raise UserError(f"device '{device.name}' has the name of a part of the board")
-        if function is None and device.slot is not None:
-            raise UserError(f"device '{device.name}' is no PCI function: it takes no slot=")
-        if function is not None and device.irq is not None:
-            raise UserError(f"device '{device.name}' is a PCI function: it takes no irq=")
+            problem = "has the name of a part of the board; give it another name="
+            raise UserError(f"device '{device.name}' {problem}", Subject("name", device.name))
         attachment.place(self.buses)
         self.attachments.append(attachment)
         self.wiring.attached[device.name] = attachment

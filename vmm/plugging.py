@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from devices.errors import DeviceError, UserError
+from devices.errors import DeviceError, Subject, UserError
 from devices.pci.contract import PciConfig
 from devices.pci.host_bridge import PciRoot
 from devices.pci.intx import Slot
@@ -34,7 +34,8 @@ def plug_in(root: PciRoot, attachments: Sequence[Attachment]) -> None:
             if place.bridge not in buses:
                 raise UserError(
                     f"device '{each.name}': slot={place} is behind '{place.bridge}', which is no "
-                    "bridge that leads to the root bus"
+                    "bridge that leads to the root bus",
+                    Subject("slot", each.name),
                 )
             _plug(root, each, function, place, buses[place.bridge])
             behind = root.bus_behind(each.name)
@@ -55,7 +56,8 @@ def _places(attachments: Sequence[Attachment]) -> dict[str, Place]:
         if each.name not in places:
             free = next((number for number in range(1, 32) if number not in taken), None)
             if free is None:
-                raise UserError(f"device '{each.name}': all 31 PCI slots are taken")
+                problem = "all 31 PCI slots are taken"
+                raise UserError(f"device '{each.name}': {problem}", Subject(device=each.name))
             taken.add(free)
             places[each.name] = Place("", free, 0)
     return places
@@ -64,10 +66,12 @@ def _places(attachments: Sequence[Attachment]) -> dict[str, Place]:
 def _plug(root: PciRoot, each: Attachment, function: PciConfig, place: Place, bus: int) -> None:
     slot = Slot(place.device, place.function, bus)
     owners = dict(root.slots())
+    where, about = f"device '{each.name}': slot {place}", Subject("slot", each.name)
     if slot in owners:
-        raise UserError(f"device '{each.name}': slot {place} is taken by '{owners[slot]}'")
+        other = owners[slot]
+        raise UserError(f"{where} is taken by '{other}'", about, Subject("slot", other))
     if slot.function and slot._replace(function=0) not in owners:
-        raise UserError(f"device '{each.name}': slot {place} needs a function 0 beside it")
+        raise UserError(f"{where} needs a function 0 beside it", about)
     each.slot = slot
     each.regions()  # that they can be is looked at before they are used
     try:

@@ -29,6 +29,7 @@ from devices.ata.registers import CHANNELS, DRIVES, SECTOR
 from devices.bus import BusDevice, BusType
 from devices.bytewise import ByteRegisters
 from devices.contract import DeviceHost, Region
+from devices.errors import OptionError
 from devices.files import HostFile
 from devices.pci.config import Header
 from devices.pci.contract import BarInfo
@@ -76,7 +77,8 @@ class AtaOptions:
         for number in range(CHANNELS * DRIVES):
             serial = getattr(self, f"serial{number}")
             if len(serial) > SERIAL_LENGTH or not (serial.isascii() and serial.isprintable()):
-                raise ValueError(f"serial{number} is at most {SERIAL_LENGTH} ASCII characters")
+                problem = f"is at most {SERIAL_LENGTH} ASCII characters"
+                raise OptionError(f"serial{number} {problem}", f"serial{number}")
 
 
 @dataclass

@@ -40,6 +40,7 @@ from typing import Any, ClassVar
 
 from devices.bus import BusType
 from devices.contract import U16, DeviceHost, FileBytes
+from devices.errors import OptionError
 from devices.pci.capability import vendor_capability
 from devices.pci.config import Header
 from devices.pci.contract import BarInfo
@@ -87,9 +88,9 @@ class ConfigSpaceOptions:
 
     def __post_init__(self) -> None:
         if self.ram_size & (self.ram_size - 1) or not PAGE <= self.ram_size <= LARGEST_RAM:
-            raise ValueError(f"ram-size is a power of two in {PAGE}..{LARGEST_RAM}")
+            raise OptionError(f"ram-size is a power of two in {PAGE}..{LARGEST_RAM}", "ram_size")
         if self.vendor_id == 0xFFFF:
-            raise ValueError("vendor id 0xffff means that there is no function")
+            raise OptionError("vendor id 0xffff means that there is no function", "vendor_id")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar
 
 from devices import host_io
 from devices.contract import DeviceHost
-from devices.errors import DeviceError
+from devices.errors import DeviceError, OptionError
 from devices.files import HostFile
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.common import VirtioState
@@ -78,11 +78,11 @@ class BlkOptions:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("path=FILE is needed: the image of the disk")
+            raise OptionError("path=FILE is needed: the image of the disk", "path")
         if len(self.serial) > SERIAL_LENGTH or not self.serial.isascii():
-            raise ValueError(f"serial is at most {SERIAL_LENGTH} ASCII characters")
+            raise OptionError(f"serial is at most {SERIAL_LENGTH} ASCII characters", "serial")
         if not 1 <= self.queues <= MOST_QUEUES:
-            raise ValueError(f"queues is 1 to {MOST_QUEUES}")
+            raise OptionError(f"queues is 1 to {MOST_QUEUES}", "queues")
 
 
 @dataclass

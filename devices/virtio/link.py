@@ -17,6 +17,8 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
+from devices.errors import OptionError
+
 _NAMES = {
     "pair": re.compile(r"[A-Za-z0-9._-]+"),
     "tap": re.compile(r"(?!\.{1,2}$)[^\s/:%]+"),  # linux, net/core/dev.c, dev_valid_name
@@ -52,11 +54,13 @@ class Link(NamedTuple):
         if pattern is not None:
             most = _LONGEST[kind]
             if len(name) > most:
-                raise ValueError(f"link={text}: the name has more than {most} characters")
+                raise OptionError(f"link={text}: the name has more than {most} characters", "link")
             if not pattern.fullmatch(name):
-                raise ValueError(f"link={text}: after {kind}: comes a name, such as {kind}:lan0")
+                raise OptionError(
+                    f"link={text}: after {kind}: comes a name, such as {kind}:lan0", "link"
+                )
         elif colon or kind not in ("", "user"):
-            raise ValueError(f"link is user, pair:NAME or tap:NAME, not {text}")
+            raise OptionError(f"link is user, pair:NAME or tap:NAME, not {text}", "link")
         return cls(LinkKind(kind), name)
 
 
@@ -83,19 +87,20 @@ class Forward(NamedTuple):
         """
         match = re.fullmatch(r"(tcp|udp):(?:(\[[^]]*\]|[^:]*):)?([0-9]+):([0-9]+)", text)
         if match is None:
-            raise ValueError(
+            raise OptionError(
                 f"forward={text}: write tcp:8080:80 (port 8080 of the host to 80 of the guest), "
-                "udp:... or tcp:ADDRESS:8080:80"
+                "udp:... or tcp:ADDRESS:8080:80",
+                "forward",
             )
         protocol, address, host, guest = match.groups()
         address = (address or "127.0.0.1").strip("[]")
         try:
             ipaddress.ip_address(address)
         except ValueError:
-            raise ValueError(f"forward={text}: {address} is no IP address") from None
+            raise OptionError(f"forward={text}: {address} is no IP address", "forward") from None
         for port in (host, guest):
             if not 0 < int(port) < 1 << 16:
-                raise ValueError(f"forward={text}: {port} is no port")
+                raise OptionError(f"forward={text}: {port} is no port", "forward")
         return cls(protocol, address, int(host), int(guest))
 
 

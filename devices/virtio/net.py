@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from devices.contract import DeviceHost
+from devices.errors import OptionError
 from devices.files import HostDetail, HostLink
 from devices.virtio.cable import (
     HEADER,
@@ -101,12 +102,14 @@ class NetOptions:
         except ValueError:
             address = b""
         if len(address) != 6 or self.mac.count(":") != 5:
-            raise ValueError(f"mac is six bytes in hexadecimal with ':' between, not {self.mac}")
+            raise OptionError(
+                f"mac is six bytes in hexadecimal with ':' between, not {self.mac}", "mac"
+            )
         if address[0] & 1:
-            raise ValueError(f"mac {self.mac} is a group address")
+            raise OptionError(f"mac {self.mac} is a group address", "mac")
         link = Link.parse(self.link)
         if parse_forwards(self.forward) and link.kind is not LinkKind.USER:
-            raise ValueError("forward= is for link=user")
+            raise OptionError("forward= is for link=user", "forward", "link")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from proxy.jail.layers import BY_NAME, LAYERS
 from proxy.jail.policy import Scope
 
@@ -44,8 +44,8 @@ class JailUnavailable(UserError):
 
     exit_status = 10
 
-    def __init__(self, message: str, missing: tuple[str, ...]) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, missing: tuple[str, ...], *about: Subject) -> None:
+        super().__init__(message, Subject("jail"), *about)
         self.missing = missing
 
 

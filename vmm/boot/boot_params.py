@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError, concerning
 from devices.pci.ecam import ECAM
 from vmm.boot.options import BootOptions
 from vmm.boot.placement import MIB, Placement
@@ -99,11 +99,13 @@ def place_command_line(placement: Placement, text: str, limit: int) -> int:
     Raises:
         UserError: it is too long or no text.
     """
-    line = c_string("the command line", text)
+    with concerning(Subject("append")):
+        line = c_string("the command line", text)
     limit = min(limit, COMMAND_LINE_ROOM - 1)
     if len(line) - 1 > limit:
         raise UserError(
-            f"the command line has {len(line) - 1} bytes, this kernel takes at most {limit}"
+            f"the command line has {len(line) - 1} bytes, this kernel takes at most {limit}",
+            Subject("append"),
         )
     placement.fill("the command line", COMMAND_LINE, line)
     return COMMAND_LINE
@@ -125,7 +127,9 @@ def place_initrd(placement: Placement, options: BootOptions, end: int) -> tuple[
     if start is None or start < MIB:
         raise UserError(
             f"no room for the initrd ({len(data):#x} bytes) beside the kernel in RAM below "
-            f"{min(end, placement.low.end):#x}; give the guest more memory"
+            f"{min(end, placement.low.end):#x}; give the guest more memory",
+            Subject("initrd"),
+            Subject("mem"),
         )
     placement.fill("the initrd", start, data)
     return start, len(data)

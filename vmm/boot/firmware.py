@@ -11,7 +11,7 @@ SeaBIOS, docs/Memory_Model.md and src/fw/shadow.c.
 
 from __future__ import annotations
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.boot.options import BootResult
 from vmm.boot.placement import MIB
 from vmm.cpu.state import CpuState
@@ -29,11 +29,12 @@ def check(rom: bytes, name: str) -> None:
         UserError: its size is wrong.
     """
     if not rom:
-        raise UserError(f"{name}: the file is empty")
+        raise UserError(f"{name}: the file is empty", Subject("firmware"))
     if len(rom) % GRAIN or len(rom) > MAX_ROM:
         raise UserError(
             f"{name}: a firmware ROM of {len(rom)} bytes: it must have a multiple of 64 KiB, "
-            f"at most {MAX_ROM >> 20} MiB"
+            f"at most {MAX_ROM >> 20} MiB",
+            Subject("firmware"),
         )
 
 

@@ -18,7 +18,7 @@ arch/x86/kernel/head_64.S and head_32.S for the entry of vmlinux, which takes th
 
 from __future__ import annotations
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.boot import boot_params, bzimage, elf, entry, extract, pvh
 from vmm.boot.boot_params import Setup
 from vmm.boot.bzimage import BzImage
@@ -55,7 +55,8 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
             vmlinux = extract.vmlinux(kernel.payload)
         except extract.CannotExtract as error:
             if options.kernel_entry is not KernelEntry.AUTO:
-                raise UserError(f"the kernel cannot be extracted: {error}") from error
+                problem = f"the kernel cannot be extracted: {error}"
+                raise UserError(problem, Subject("kernel-entry")) from error
             notes.append(f"the kernel decompresses itself, which takes seconds: {error}")
         else:
             return _load_extracted(memory, vmlinux, kernel, wanted, options)
@@ -96,7 +97,7 @@ def _load_extracted(
             return pvh.load(memory, vmlinux, executable, options)
         return _load_vmlinux(memory, vmlinux, executable, kernel.setup, options)
     except UserError as error:
-        raise UserError(f"the vmlinux in this bzImage: {error}") from error
+        raise UserError(f"the vmlinux in this bzImage: {error}", *error.about) from error
 
 
 def _check_room(memory: GuestMemory, kernel: BzImage, end: int) -> None:
@@ -105,7 +106,9 @@ def _check_room(memory: GuestMemory, kernel: BzImage, end: int) -> None:
     if end > low.end:
         raise UserError(
             f"Linux {kernel.release or 'of unknown version'} needs RAM up to {end:#x} "
-            f"({-(-end >> 20)} MiB), the guest has {low.size >> 20} MiB there"
+            f"({-(-end >> 20)} MiB), the guest has {low.size >> 20} MiB there; "
+            "give it more memory",
+            Subject("mem"),
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.boot import bzimage, elf, flat, linux, multiboot, pvh, real
 from vmm.boot.options import BootOptions, BootResult, KernelEntry
 from vmm.memory import GuestMemory
@@ -24,6 +24,7 @@ _COMPRESSED = {
 }
 _MULTIBOOT2_MAGIC = struct.pack("<I", 0xE85250D6)
 _MULTIBOOT2_SEARCH_LIMIT = 32768
+_ENTRY = Subject("kernel-entry")
 
 
 def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
@@ -37,7 +38,10 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
     try:
         return _load(memory, image, options)
     except UserError as error:
-        raise UserError(f"{options.name}: {error}") from error
+        about = [Subject("image")]
+        if options.load_addr is not None:  # the image is what it is because of that
+            about.append(Subject("load-addr"))
+        raise UserError(f"{options.name}: {error}", *error.about, *about) from error
 
 
 def _load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
@@ -80,7 +84,7 @@ def _load_elf(memory: GuestMemory, image: bytes, options: BootOptions) -> BootRe
         return pvh.load(memory, image, executable, options)
     if wanted is KernelEntry.VMLINUX or linux.is_linux(image, executable):
         if wanted in (KernelEntry.BZIMAGE, KernelEntry.BZIMAGE32):
-            raise UserError("an ELF file, which has no entry of a bzImage")
+            raise UserError("an ELF file, which has no entry of a bzImage", _ENTRY)
         _refuse_modules(options, "a Linux kernel")
         return linux.load_vmlinux(memory, image, executable, options)
     _refuse_kernel_entry(options, "an ELF file that is no Linux kernel")
@@ -92,25 +96,31 @@ def _refuse_flat_options(options: BootOptions, kind: str) -> None:
     if options.load_addr is not None:
         raise UserError(f"{kind} names its own load address; --load-addr is for flat binaries")
     if options.mode is not None:
-        raise UserError(f"{kind} names its own CPU mode; --mode is for flat binaries")
+        problem = "names its own CPU mode; --mode is for flat binaries"
+        raise UserError(f"{kind} {problem}", Subject("mode"))
 
 
 def _refuse_kernel_options(options: BootOptions, kind: str) -> None:
     _refuse_modules(options, kind)
     if options.initrd is not None:
-        raise UserError(f"{kind} takes no initrd; only Linux, PVH and Multiboot kernels do")
+        problem = "takes no initrd; only Linux, PVH and Multiboot kernels do"
+        raise UserError(f"{kind} {problem}", Subject("initrd"))
     if options.cmdline:
-        raise UserError(f"{kind} takes no command line; only Linux, PVH and Multiboot kernels do")
+        problem = "takes no command line; only Linux, PVH and Multiboot kernels do"
+        raise UserError(f"{kind} {problem}", Subject("append"))
 
 
 def _refuse_modules(options: BootOptions, kind: str) -> None:
     if options.modules:
-        raise UserError(f"{kind} takes no modules; only Multiboot and PVH kernels do")
+        problem = "takes no modules; only Multiboot and PVH kernels do"
+        raise UserError(f"{kind} {problem}", Subject("module"))
 
 
 def _refuse_kernel_entry(options: BootOptions, kind: str) -> None:
     if options.kernel_entry is not KernelEntry.AUTO:
-        raise UserError(f"{kind} has one entry; --kernel-entry is for Linux and PVH kernels")
+        raise UserError(
+            f"{kind} has one entry; --kernel-entry is for Linux and PVH kernels", _ENTRY
+        )
 
 
 def _refuse_what_is_not_flat(image: bytes) -> None:

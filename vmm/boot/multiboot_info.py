@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError, concerning
 from vmm.boot.options import Module
 from vmm.boot.placement import MIB, Placement
 from vmm.boot.text import c_string
@@ -26,6 +26,8 @@ from vmm.memory import GuestMemory
 INFO_ADDRESS = 0x50000
 INFO_LIMIT = 0x30000
 """Room for the structure, its lists and texts."""
+TEXTS = Subject("append"), Subject("module")
+"""What the texts come from."""
 
 LOADER_NAME = "jailed-vmm"
 LOW_MEMORY_END = 0x9FC00
@@ -79,7 +81,10 @@ def place_modules(
             start = placement.find(size, MIB)
         if start is None:
             raise UserError(
-                f"no room for module {number} ({size:#x} bytes) in RAM below {placement.low.end:#x}"
+                f"no room for module {number} ({size:#x} bytes) in RAM below "
+                f"{placement.low.end:#x}; give the guest more memory",
+                Subject("module"),
+                Subject("mem"),
             )
         placement.fill(f"module {number}", start, module.data, size)
         placed.append(PlacedModule(start, start + len(module.data), module.text))
@@ -105,7 +110,8 @@ def place(placement: Placement, cmdline: str, modules: Sequence[PlacedModule]) -
 
     def text_address(what: str, text: str) -> int:
         address = texts_at + len(texts)
-        texts.extend(c_string(what, text))
+        with concerning(*TEXTS):
+            texts.extend(c_string(what, text))
         return address
 
     module_bytes = b"".join(
@@ -124,7 +130,8 @@ def place(placement: Placement, cmdline: str, modules: Sequence[PlacedModule]) -
     if len(info) > INFO_LIMIT:
         raise UserError(
             f"command line and module texts need {len(info):#x} bytes of Multiboot "
-            f"information, there is room for {INFO_LIMIT:#x}"
+            f"information, there is room for {INFO_LIMIT:#x}",
+            *TEXTS,
         )
     placement.fill("the Multiboot information", INFO_ADDRESS, info)
     return INFO_ADDRESS

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.memory import PAGE, GuestMemory, RamRegion
 
 MIB = 1 << 20
@@ -63,7 +63,8 @@ class Placement:
             return
         if not any(ram.start <= start and start + size <= ram.end for ram in self.memory.ram):
             ranges = " and ".join(span(ram.start, ram.size) for ram in self.memory.ram)
-            raise UserError(f"{what} at {span(start, size)} lies outside RAM ({ranges})")
+            problem = f"{what} at {span(start, size)} lies outside RAM ({ranges})"
+            raise UserError(problem, Subject("mem"))
         # Claims are disjoint and sorted: only the one before and the one behind can be in the way.
         index = bisect_right(self._starts, start)
         for taken in self._claims[max(index - 1, 0) : index + 1]:

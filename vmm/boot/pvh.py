@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError, concerning
 from vmm.boot import boot_params, elf, entry, multiboot_info
 from vmm.boot.options import BootOptions, BootResult, Mode
 from vmm.boot.placement import MIB, Placement
@@ -54,7 +54,9 @@ def load(
     """
     start = entry_point(executable)
     if start is None:
-        raise UserError(f"it has no PVH entry (ELF note {PHYS32_ENTRY} of {OWNER})")
+        raise UserError(
+            f"it has no PVH entry (ELF note {PHYS32_ENTRY} of {OWNER})", Subject("kernel-entry")
+        )
     if not any(0 <= start - s.paddr < s.memory_size for s in executable.segments):
         raise UserError(f"the PVH entry {start:#x} lies in no loaded segment")
     placement = Placement(memory)
@@ -80,11 +82,12 @@ def _place_info(
     map_at = INFO_ADDRESS + _INFO.size
     modules_at = map_at + len(entries) * _MAP_ENTRY.size
     texts_at = modules_at + len(modules) * _MODULE.size
-    texts = bytearray(c_string("the command line", options.cmdline))
-    module_bytes = b""
-    for number, (start, size, text) in enumerate(modules):
-        module_bytes += _MODULE.pack(start, size, texts_at + len(texts), 0)
-        texts += c_string(f"the text of module {number}", text)
+    with concerning(*multiboot_info.TEXTS):
+        texts = bytearray(c_string("the command line", options.cmdline))
+        module_bytes = b""
+        for number, (start, size, text) in enumerate(modules):
+            module_bytes += _MODULE.pack(start, size, texts_at + len(texts), 0)
+            texts += c_string(f"the text of module {number}", text)
     info = _INFO.pack(
         *(MAGIC, VERSION, 0, len(modules)),
         *(modules_at if modules else 0, texts_at, options.rsdp or 0, map_at),
@@ -94,7 +97,8 @@ def _place_info(
     if len(info) > INFO_LIMIT:
         raise UserError(
             f"command line and module texts need {len(info):#x} bytes of PVH start information, "
-            f"there is room for {INFO_LIMIT:#x}"
+            f"there is room for {INFO_LIMIT:#x}",
+            *multiboot_info.TEXTS,
         )
     placement.fill("the PVH start information", INFO_ADDRESS, info)
     return INFO_ADDRESS

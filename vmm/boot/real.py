@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import struct
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.boot.options import BootOptions, BootResult
 from vmm.boot.placement import MIB, Placement
 from vmm.cpu.state import CpuState, DescriptorTable, Segment
@@ -73,7 +73,8 @@ def load(memory: GuestMemory, image: bytes, options: BootOptions) -> BootResult:
     if address < 0 or address + len(image) > MIB:
         raise UserError(
             f"a flat binary of {len(image):#x} bytes at {address:#x} does not fit below 1 MiB, "
-            "where 16-bit mode ends"
+            "where 16-bit mode ends",
+            Subject("mode"),
         )
     placement = _prepare(memory)
     placement.claim("the boot stack", 0x80000, 0x10000)

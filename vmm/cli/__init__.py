@@ -105,10 +105,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         from vmm.cli.machine_file import read_defaults
 
         places = Places()
-        args.parser.set_defaults(**read_defaults(args.config, args.parser, places))
+        defaults = read_defaults(args.config, args.parser, places)
+        args.parser.set_defaults(places=places, **defaults)
         args = parser.parse_args(arguments)
-        with places.named():
-            return int(args.run(args))
+        places.drop_overridden(vars(args))
+        return int(args.run(args))
     except SystemExit as end:
         sys.stdout.flush()
         return int(end.code or 0)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.boot import elf
 from vmm.parts import MSRS
 
@@ -36,7 +36,8 @@ def read_symbols(name: str, data: bytes) -> list[tuple[int, int, str]]:
             symbol = fields[2]
         except (IndexError, ValueError):
             raise UserError(
-                f"symbols {name}: line {number} is not 'address type name', and it is no ELF file"
+                f"symbols {name}: line {number} is not 'address type name', and it is no ELF file",
+                Subject("symbols"),
             ) from None
         found.append((address, 0, symbol))
     return sorted(found)

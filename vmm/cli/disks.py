@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from devices.errors import UserError
-from vmm.cli.given import Given, Places, as_written
+from vmm.cli.given import Given, Places
 from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
 
 VIRTIO, IDE = "virtio", "ide"
@@ -46,9 +46,9 @@ def disks(
         options["path"] = options.pop("file")
         made.append(_device(each, "blk", options, names))
         names.append(made[-1].name)
-        places.add(each, f"device '{names[-1]}': ", _WRITTEN)
+        places.add(each, names[-1], _WRITTEN)
     if len(drives) > DRIVES:
-        raise drives[DRIVES].error(f"if=ide has room for {DRIVES} disks; give it if={VIRTIO}")
+        raise drives[DRIVES].error(f"if=ide has room for {DRIVES} disks; give it if={VIRTIO}", "if")
     if drives:
         options = {"name": _free("ide", names)}
         for number, each in enumerate(drives):
@@ -57,7 +57,7 @@ def disks(
             options |= {key: values[word] for key, word in written.items() if word in values}
             # One by one, so that what is wrong is told of the disk that it is wrong with.
             controller = _device(each, "ata", options, names, written)
-            places.add(each, f"device '{controller.name}': disk{number}=", written)
+            places.add(each, controller.name, written)
         made.append(controller)
     return made
 
@@ -72,7 +72,7 @@ def _device(
     try:
         return device_from("a disk", model, options, taken)
     except UserError as error:
-        raise disk.error(as_written(str(error), written)) from error
+        raise disk.error(error, written=written) from error
 
 
 def _free(base: str, taken: Sequence[str]) -> str:
@@ -84,16 +84,16 @@ def _interface(disk: Given) -> str:
     """What it is to be, all of its options checked."""
     interface = disk.values.get("if", VIRTIO)
     if interface not in INTERFACES:
-        raise disk.error(f"if={interface} is not one of {', '.join(INTERFACES)}")
+        raise disk.error(f"if={interface} is not one of {', '.join(INTERFACES)}", "if")
     for key in disk.values:
         if key not in (*_OF_BOTH, "if", *_OF_VIRTIO):
             known = ", ".join(("file", "if", *_OF_BOTH[1:], *_OF_VIRTIO))
-            raise disk.error(f"a disk has no option '{key}'; it has {known}")
+            raise disk.error(f"a disk has no option '{key}'; it has {known}", key)
         if interface == IDE and key in _OF_VIRTIO:
-            raise disk.error(f"option '{key}' is for if={VIRTIO} alone")
+            raise disk.error(f"option '{key}' is for if={VIRTIO} alone", key)
     file = disk.values.get("file")
     if not isinstance(file, str) or not file:
-        raise disk.error("a disk needs a 'file'")
+        raise disk.error("a disk needs a 'file'", "file")
     return str(interface)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError, concerning
 
 REGULAR = 1 << 30
 """The most bytes of a file; kernels with their debugging information have some hundred MiB."""
@@ -14,15 +14,21 @@ STREAM = 256 << 20
 _CHUNK = 1 << 20
 
 
-def read_file(path: str, what: str) -> bytes:
+def read_file(path: str, what: str, index: int = 0) -> bytes:
     """The whole content.
 
     Args:
-        what: what it is to the user, for the message: "image", "module".
+        what: the option that names it: "image", "module".
+        index: which of its values does.
 
     Raises:
         UserError: it cannot be read, or is larger than `REGULAR` or `STREAM`.
     """
+    with concerning(Subject(what, index=index)):
+        return _read(path, what)
+
+
+def _read(path: str, what: str) -> bytes:
     if not path:
         raise UserError(f"the name of the {what} is empty")
     try:

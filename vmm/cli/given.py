@@ -7,12 +7,12 @@ their place differs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.config import split_options
 
 
@@ -32,20 +32,34 @@ class Given:
     line: int = 0
     lines: Mapping[str, int] = field(default_factory=dict)
 
-    def where(self, problem: str) -> str:
-        """Its place, as near to what a message is about as it can be known."""
-        if not self.line:
-            return self.place
-        # The model comes last: messages about other keys name it, too.
-        for key in sorted(self.lines, key=lambda key: key == "model"):
-            if re.search(rf"'{key}'|\b{key}(=| )", problem):
-                return f"{self.place}: line {self.lines[key]}"
-        return f"{self.place}: line {self.line}"
+    def line_of(self, key: str) -> int:
+        """Where an option stands, or the whole if it does not."""
+        wanted = key.replace("_", "-")
+        lines = (line for name, line in self.lines.items() if name.replace("_", "-") == wanted)
+        return next(lines, self.line)
 
-    def error(self, problem: object) -> UserError:
-        """The problem with its place before it."""
-        text = str(problem)
-        return UserError(f"{self.where(text)}: {text}")
+    def error(
+        self, problem: UserError | str, *keys: str, written: Mapping[str, str] | None = None
+    ) -> UserError:
+        """The problem with its place before it.
+
+        Args:
+            keys: what it is about; by default what the problem says itself.
+            written: by option of the model, what the user calls it.
+        """
+        text, written = as_written(str(problem), written or {}), written or {}
+        if not keys and isinstance(problem, UserError):
+            keys = tuple(written.get(each.option, each.option) for each in problem.about)
+        lines = {self.line_of(key) for key in keys} or {self.line}
+        return UserError(f"{self.place}: {_at(lines)}{text}")
+
+
+def _at(lines: Iterable[int]) -> str:
+    """ "line 3: ", "lines 3 and 7: "; "" if there are none (0 is none)."""
+    numbers = [str(line) for line in sorted(set(lines) - {0})]
+    if len(numbers) < 2:
+        return f"line {numbers[0]}: " if numbers else ""
+    return f"lines {', '.join(numbers[:-1])} and {numbers[-1]}: "
 
 
 @dataclass(frozen=True)
@@ -105,22 +119,37 @@ def as_written(problem: str, written: Mapping[str, str]) -> str:
 
 @dataclass
 class Places:
-    """Where each device of a machine was given, so that what is found out later says it, too."""
+    """Where each device and option of a machine was given, so that what is found out later says it.
 
-    _found: list[tuple[str, Given, Mapping[str, str]]] = field(default_factory=list)
+    Attributes:
+        file: "config machine.toml"; "" if there is none.
+    """
 
-    def add(self, given: Given, beginning: str, written: Mapping[str, str] | None = None) -> None:
-        """Note one.
+    file: str = ""
+    _devices: dict[str, list[tuple[Given, Mapping[str, str]]]] = field(default_factory=dict)
+    _options: dict[str, tuple[Any, Sequence[int]]] = field(default_factory=dict)
+
+    def add(self, given: Given, device: str, written: Mapping[str, str] | None = None) -> None:
+        """Note what a device comes from; that may be several.
 
         Args:
-            beginning: of the messages about it.
-            written: see `as_written`.
+            written: by option of the model, what the user calls it there.
         """
-        self._found.append((beginning, given, written or {}))
+        self._devices.setdefault(device, []).append((given, written or {}))
+
+    def add_option(self, option: str, value: Any, lines: Sequence[int]) -> None:
+        """Note an option of the machine file, with its line or those of its values."""
+        self._options[option] = (value, lines)
+
+    def drop_overridden(self, values: Mapping[str, Any]) -> None:
+        """Forget the options that the command line gave other values: by name, "_" for "-"."""
+        for option, (value, _) in list(self._options.items()):
+            if not isinstance(value, list) and values[option.replace("-", "_")] != value:
+                del self._options[option]
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Have messages speak as the user did, with file and line if there is one.
+        """Have messages speak as the user did, with file and lines if there is a file.
 
         Raises:
             UserError: what was raised inside.
@@ -129,8 +158,23 @@ class Places:
             yield
         except UserError as error:
             text = str(error)
-            for beginning, given, written in reversed(self._found):
-                if text.startswith(beginning):
-                    text = as_written(text, written)
-                    raise (given.error(text) if given.line else UserError(text)) from error
+            lines: set[int] = set()
+            for number, subject in enumerate(error.about):
+                for given, written in self._given(subject):
+                    lines.add(given.line_of(written.get(subject.option, subject.option)))
+                    text = text if number else as_written(text, written)
+                lines.add(self._line_of(subject))
+            at = _at(lines)
+            error.args = (f"{self.file}: {at}{text}" if at else text,)
             raise
+
+    def _given(self, subject: Subject) -> list[tuple[Given, Mapping[str, str]]]:
+        """Of a device that was given in several places, those that have such an option."""
+        found = self._devices.get(subject.device, [])
+        return [each for each in found if subject.option in each[1]] or found
+
+    def _line_of(self, subject: Subject) -> int:
+        _, lines = self._options.get(subject.option, (None, ()))
+        if subject.device or not lines:
+            return 0
+        return lines[min(subject.index, len(lines) - 1)]

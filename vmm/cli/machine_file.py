@@ -24,6 +24,7 @@ over the file, and adds to its lists. Paths are meant as on the command line.
 from __future__ import annotations
 
 import argparse
+import bisect
 import difflib
 import re
 import tomllib
@@ -32,9 +33,9 @@ from typing import Any
 from devices.errors import UserError
 from vmm.cli.files import read_file
 from vmm.cli.given import WORDS, Given, Places, read_words
+from vmm.cli.toml_lines import Lines
 
-_HEADER = re.compile(r"\s*\[+\s*\"?([\w-]+)")
-_KEY = re.compile(r"\s*\"?([\w-]+)\"?\s*[.=]")
+_LINE_FEED = "\n"
 _NOT_IN_A_FILE = ("help", "config")
 
 
@@ -49,44 +50,88 @@ def read_defaults(
     Raises:
         UserError: it cannot be read, is no TOML, or an option is wrong: with the line's number.
     """
+    config = f"config {path}"
     try:
         text = read_file(path, "config").decode("utf-8-sig")
-        document = tomllib.loads(text)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"config {path}: line {line} is not UTF-8 text") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"config {path}: {error}") from error
-    lines = _Lines(text)
+        raise UserError(f"{config}: line {line} is not UTF-8 text") from error
+    document = _parse(text, config)
+    lines = Lines(text)
     actions = {name: action for action in parser._actions if (name := _name(action))}
     places = Places() if places is None else places
+    places.file = config
     found: dict[str, Any] = {}
     for key, value in document.items():
-        where = f"config {path}: line {lines.of(key)}"
+        where = f"{config}: line {lines.of(key)}"
         action = actions.get(key)
         if action is None:
             near = difflib.get_close_matches(key, actions, 1)
             hint = f"; do you mean '{near[0]}'?" if near else f"; there are {', '.join(actions)}"
             raise UserError(f"{where}: there is no option '{key}'{hint}")
-        named = f"{where}: {key}"
         if key in WORDS and isinstance(value, list):
-            place = f"config {path}"
             found[key] = [
-                Given(each, place, lines.of(key, index), lines.within(key, index))
-                if isinstance(each, dict)
-                else read_words(key, _one(action, each, named), place, lines.of(key))
+                _given(action, each, config, lines, (key, index))
                 for index, each in enumerate(value)
             ]
         elif key in WORDS and isinstance(value, dict):
             raise UserError(f"{where}: there may be several: write [[{key}]]")
+        elif isinstance(action.default, list) and isinstance(value, list):
+            stand = [lines.of(key, index) for index in range(len(value))]
+            found[action.dest] = [
+                _one(action, each, f"{config}: line {line}: {key}")
+                for each, line in zip(value, stand, strict=True)
+            ]
+            places.add_option(key, found[action.dest], stand)
         else:
-            made = found[action.dest] = _value(action, value, named)
-            given = Given({}, f"config {path}", lines.of(key))
-            for each in made if isinstance(made, list) else [made]:
-                first = str(each).partition(",")[0] if key == "module" else each
-                places.add(given, f"{key} {first}: ")
-                places.add(given, f"--{key} {first}: ")
+            found[action.dest] = _value(action, value, f"{where}: {key}")
+            places.add_option(key, found[action.dest], [lines.of(key)])
     return found
+
+
+_POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)")
+
+
+def _parse(text: str, config: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = _POSITION.search(str(error))
+        problem = _POSITION.sub("", str(error))
+        if found is None or found[1] is None:
+            at = f"line {max(text.rstrip().count(_LINE_FEED) + 1, 1)}, the last"
+        else:
+            at = f"line {found[1]}, column {found[2]}"
+        raise UserError(f"{config}: {at}: {problem}") from error
+    except RecursionError as error:
+        lines = text.split(_LINE_FEED)
+        deep = bisect.bisect_left(range(len(lines)), True, key=lambda n: _too_deep(lines[: n + 1]))
+        raise UserError(
+            f"{config}: line {deep + 1}: lists or tables are nested too deep"
+        ) from error
+
+
+def _too_deep(lines: list[str]) -> bool:
+    try:
+        tomllib.loads(_LINE_FEED.join(lines))
+    except tomllib.TOMLDecodeError:
+        return False
+    except RecursionError:
+        return True
+    return False
+
+
+def _given(
+    action: argparse.Action, value: Any, config: str, lines: Lines, path: tuple[str, int]
+) -> Given:
+    """A device, disk or network card, as a table or in words."""
+    key, line = path[0], lines.of(*path)
+    if isinstance(value, dict):
+        return Given(value, config, line, lines.within(*path))
+    where = f"{config}: line {line}: {key}"
+    if not isinstance(value, str):
+        raise UserError(f"{where} is text or a table, not {_shown(value)}")
+    return read_words(key, _one(action, value, where), config, line)
 
 
 def _name(action: argparse.Action) -> str:
@@ -101,9 +146,7 @@ def _value(action: argparse.Action, value: Any, where: str) -> Any:
             raise UserError(f"{where} is true or false, not {_shown(value)}")
         return value
     if isinstance(action.default, list):
-        if not isinstance(value, list):
-            raise UserError(f"{where} is a list, not {_shown(value)}")
-        return [_one(action, each, where) for each in value]
+        raise UserError(f"{where} is a list, not {_shown(value)}")
     return _one(action, value, where)
 
 
@@ -130,39 +173,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, str) else str(value)
-
-
-class _Lines:
-    """On which line each key stands; `tomllib` does not tell."""
-
-    def __init__(self, text: str) -> None:
-        self._found: dict[tuple[str, int], int] = {}
-        seen: dict[str, int] = {}
-        inside: dict[str, int] | None = None
-        self._within: dict[tuple[str, int], dict[str, int]] = {}
-        quote = ""
-        for number, line in enumerate(text.splitlines(), 1):
-            if not quote:
-                header = _HEADER.match(line)
-                key = _KEY.match(line)
-                if header:
-                    name = header[1]
-                    index = seen.get(name, -1) + 1
-                    seen[name] = index
-                    self._found.setdefault((name, index), number)
-                    inside = self._within.setdefault((name, index), {})
-                elif key and inside is not None:
-                    inside.setdefault(key[1], number)
-                elif key:
-                    self._found.setdefault((key[1], 0), number)
-            for mark in ('"""', "'''"):
-                if line.count(mark) % 2 and quote in ("", mark):
-                    quote = "" if quote else mark
-
-    def of(self, key: str, index: int = 0) -> int:
-        """The line of a key, or of the table that is number `index` of its name."""
-        return self._found.get((key, index)) or self._found.get((key, 0)) or 1
-
-    def within(self, key: str, index: int) -> dict[str, int]:
-        """The lines of the keys of such a table."""
-        return self._within.get((key, index), {})

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from vmm.cli.given import Given, Places
 from vmm.config import OF_ANY_FUNCTION, DeviceConfig, device_from
 
@@ -42,16 +42,18 @@ def nets(
             raise each.error(error) from error
         names.append(made[-1].name)
         if places is not None:
-            places.add(each, f"device '{names[-1]}': ")
+            places.add(each, names[-1])
     return made
 
 
 def _card(options: dict[str, Any], taken: Sequence[str]) -> DeviceConfig:
     for key in options:
         if key not in OPTIONS:
-            raise UserError(f"a network card has no option '{key}'; it has {', '.join(OPTIONS)}")
+            problem = f"a network card has no option '{key}'; it has {', '.join(OPTIONS)}"
+            raise UserError(problem, Subject(key))
     if options.get("link") in (None, "", NONE):
-        raise UserError("a network card needs a 'link': user, pair:NAME or tap:NAME")
+        problem = "a network card needs a 'link': user, pair:NAME or tap:NAME"
+        raise UserError(problem, Subject("link"))
     if isinstance(options.get("forward"), list):
         options["forward"] = "+".join(map(str, options["forward"]))
     if options["link"] != "user":

@@ -158,7 +158,7 @@ def add_boot(commands: Any) -> None:
         help="only what --device names (and the debug-exit port)",
     )
     _add_run_options(parser)
-    parser.set_defaults(run=_boot, parser=parser)
+    parser.set_defaults(run=_boot, parser=parser, places=None)
 
 
 def add_restore(commands: Any) -> None:

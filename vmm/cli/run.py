@@ -7,28 +7,16 @@ import os
 import sys
 from typing import Any
 
-from devices.errors import UserError
+from devices.errors import Subject, UserError
 from proxy.jail import JailMode
 from vmm.boot import firmware
 from vmm.boot.options import BootOptions, KernelEntry, Mode, Module
-from vmm.cli.disks import disks
 from vmm.cli.files import read_file
-from vmm.cli.given import Given, Places, read_words
-from vmm.cli.nets import nets
+from vmm.cli.given import Places
 from vmm.cli.output import clean, disk_progress
 from vmm.cli.session import Session, SnapshotPlan
-from vmm.config import (
-    ClockKind,
-    DeviceConfig,
-    FailurePolicy,
-    HostOptions,
-    MachineConfig,
-    debug_exit,
-    default_devices,
-    device_from,
-    parse_size,
-    split_options,
-)
+from vmm.cli.shape import machine_config
+from vmm.config import FailurePolicy, HostOptions, split_options
 from vmm.machine import Machine
 
 DEFAULT_GUEST = "default"
@@ -36,35 +24,31 @@ DEFAULT_GUEST = "default"
 
 def boot(args: argparse.Namespace) -> int:
     """``python -m vmm boot``."""
+    places = args.places or Places()
+    with places.named():
+        return _boot(args, places)
+
+
+def _boot(args: argparse.Namespace, places: Places) -> int:
     plan = SnapshotPlan.parse(args)
     rom = b"" if args.firmware is None else read_file(args.firmware, "firmware")
     if args.firmware is not None:
         firmware.check(rom, f"firmware {args.firmware}")
         if args.image is not None:
-            raise UserError("--firmware starts by itself: give no image")
+            problem = "--firmware starts by itself: give no image"
+            raise UserError(problem, Subject("firmware"), Subject("image"))
     image, name = _read_image(args.image)
     options = BootOptions(
         load_addr=args.load_addr,
         mode=None if args.mode is None else Mode(args.mode),
         cmdline=args.append,
-        modules=tuple(_read_module(text) for text in args.module),
+        modules=tuple(_read_module(text, index=n) for n, text in enumerate(args.module)),
         name=name,
         initrd=None if args.initrd is None else _read_module(args.initrd, "initrd"),
         kernel_entry=KernelEntry(args.kernel_entry),
     )
-    devices = [debug_exit()] if args.no_default_devices else list(default_devices())
-    places = Places()
-    for given in _given("device", args.device):
-        devices.append(_device(given, [device.name for device in devices]))
-        places.add(given, f"device '{devices[-1].name}': ")
-    devices += disks(_given("disk", args.disk), [device.name for device in devices], places)
-    devices += nets(_given("net", args.net), [device.name for device in devices], places)
-    memory, clock = parse_size(args.mem), ClockKind(args.clock)
-    with places.named():
-        config = MachineConfig(memory, tuple(devices), clock, len(rom))
+    config = machine_config(args, places, len(rom))
     with Machine(config, host=_host_options(args)) as machine:
-        with places.named():
-            machine.build()
         if rom:
             machine.boot_firmware(rom, args.firmware)
         elif isinstance(image, str):
@@ -72,21 +56,6 @@ def boot(args: argparse.Namespace) -> int:
         else:
             machine.boot(image, options)
         return Session(machine, args, plan).run()
-
-
-def _given(option: str, texts: list[str | Given]) -> list[Given]:
-    return [read_words(option, each) if isinstance(each, str) else each for each in texts]
-
-
-def _device(given: Given, taken: list[str]) -> DeviceConfig:
-    options = dict(given.values)
-    model = options.pop("model", None)
-    if not isinstance(model, str):
-        raise given.error('a device needs a model, for example model = "echo"')
-    try:
-        return device_from(f"device '{model}'", model, options, taken)
-    except UserError as error:
-        raise given.error(error) from error
 
 
 def restore(args: argparse.Namespace) -> int:
@@ -150,11 +119,12 @@ def _read_image(image: str | None) -> tuple[str | bytes, str]:
             return image, image
         raise UserError(
             f"image {image}: there is no such file, and no built-in guest of that name "
-            "(python -m vmm guests)"
+            "(python -m vmm guests)",
+            Subject("image"),
         )
     return read_file(image, "image"), image
 
 
-def _read_module(text: str, what: str = "module") -> Module:
+def _read_module(text: str, what: str = "module", index: int = 0) -> Module:
     path, _, name = text.partition(",")
-    return Module(read_file(path, what), name or path)
+    return Module(read_file(path, what, index), name or path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from devices.errors import DeviceError, UserError
+from devices.errors import DeviceError, Subject, UserError, concerning
 from vmm.cli.aids import UnclaimedTrace, read_symbols
 from vmm.cli.files import read_file
 from vmm.cli.output import Outputs, clean, disk_progress
@@ -50,24 +50,26 @@ class SnapshotPlan:
         path = Path(args.snapshot or DEFAULT_SNAPSHOT)
         given = args.snapshot_at
         when: str | float | None = None
-        text = b""
+        text, at = b"", Subject("snapshot-at")
         if given is None:
             if args.snapshot_then == "quit":
-                raise UserError("--snapshot-then quit: say when with --snapshot-at")
+                problem = "--snapshot-then quit: say when with --snapshot-at"
+                raise UserError(problem, Subject("snapshot-then"))
         elif given == "end":
             when = "end"
         else:
             try:
                 when = float(given.removesuffix("s"))
                 if not 0 <= when < float("inf"):
-                    raise UserError(f"--snapshot-at {given}: not a time that can come")
+                    raise UserError(f"--snapshot-at {given}: not a time that can come", at)
             except ValueError:
                 when = "text"
                 text = given.removeprefix("text:").encode("utf-8", "surrogateescape")
                 if not text:
-                    raise UserError("--snapshot-at: the text to wait for is empty") from None
+                    raise UserError("--snapshot-at: the text to wait for is empty", at) from None
         if when is not None or args.snapshot is not None:
-            check_place(path)
+            with concerning(Subject("snapshot")):
+                check_place(path)
         return cls(path, when, text, args.snapshot_then == "quit", args.snapshot_disks)
 
     def missed(self) -> str:
@@ -181,10 +183,10 @@ class Session:
             return None
         if where.startswith("file:"):
             path = where.removeprefix("file:")
-            machine.console.sink = self._sink(self._open(path, f"--serial {where}"))
+            machine.console.sink = self._sink(self._open(path, "serial"))
             return None
         if where != "stdio":
-            raise UserError(f"--serial {where}: give stdio, file:PATH or none")
+            raise UserError(f"--serial {where}: give stdio, file:PATH or none", Subject("serial"))
         if not self.args.json:
             machine.console.sink = self._sink(1)
         return Terminal(
@@ -208,16 +210,18 @@ class Session:
             console.sink = self._sink(2)
         elif where.startswith("file:"):
             path = where.removeprefix("file:")
-            console.sink = self._sink(self._open(path, f"--debug-console {where}"))
+            console.sink = self._sink(self._open(path, "debug-console"))
         elif where != "none":
-            raise UserError(f"--debug-console {where}: give stderr, file:PATH or none")
+            problem = "give stderr, file:PATH or none"
+            raise UserError(f"--debug-console {where}: {problem}", Subject("debug-console"))
 
-    def _open(self, path: str, what: str) -> int:
+    def _open(self, path: str, option: str) -> int:
         """A file to write, closed at the end of the run."""
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise UserError(f"{what}: {error.strerror}") from error
+            problem = f"--{option} file:{path}: {error.strerror}"
+            raise UserError(problem, Subject(option)) from error
         self._opened.append(fd)
         return fd
 
@@ -297,7 +301,8 @@ class Session:
         """Take it; lines on what was done."""
         path = self.plan.path
         tell = disk_progress((lambda _: None) if self.args.json else self.say)
-        lines = self.machine.snapshot(path, disks=self.plan.disks, progress=tell)
+        with concerning(Subject("snapshot")):
+            lines = self.machine.snapshot(path, disks=self.plan.disks, progress=tell)
         return [*lines, f"snapshot written to {path}"]
 
     # The escape menu.

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from devices import registry
 from devices.contract import Device
+from devices.errors import Subject, concerning
 from devices.files import HostLink, host_links
 from devices.virtio.link import Link, LinkKind, parse_forwards
 from vmm.config import DeviceConfig
@@ -52,8 +53,9 @@ class Links:
 
     def attach(self, events: EventLoop, log: Callable[[str, str], None]) -> None:
         """See `HostEnd.attach`; `log` is told the device's name, too."""
-        for end in self._ends.values():
-            end.attach(events, lambda text: log(self.device, text))
+        for name, end in self._ends.items():
+            with concerning(Subject(name, self.device)):
+                end.attach(events, lambda text: log(self.device, text))
 
     def close(self) -> None:
         """See `HostEnd.close`."""
@@ -75,7 +77,8 @@ def open_links(device: DeviceConfig, kind: type[Device]) -> Links:
             text = getattr(options, name)
             if text:
                 where = f"device '{device.name}': {name}={text}"
-                ends[name] = _open(where, link, text, options)
+                with concerning(Subject(name, device.name)):
+                    ends[name] = _open(where, link, text, options)
     except BaseException:
         Links(device.name, ends).close()
         raise

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from devices.contract import U32, DeviceHost
-from devices.errors import DeviceError
+from devices.errors import DeviceError, OptionError
 from devices.files import HostFile
 from devices.virtio.chain import Chain, RingError
 from devices.virtio.common import VirtioState
@@ -66,9 +66,9 @@ class P9Options:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("path=DIRECTORY is needed: what the guest is to see")
+            raise OptionError("path=DIRECTORY is needed: what the guest is to see", "path")
         if not 1 <= len(self.tag.encode()) <= LONGEST_TAG:
-            raise ValueError(f"tag is 1 to {LONGEST_TAG} bytes")
+            raise OptionError(f"tag is 1 to {LONGEST_TAG} bytes", "tag")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated
 
+from devices.errors import OptionError
 from devices.files import HostLink
 
 LOWEST_CID, HIGHEST_CID = 3, 0xFFFF_FFFE
@@ -29,10 +30,12 @@ class VsockOptions:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("path=SOCKET is needed: the UNIX socket that leads to the guest")
+            raise OptionError(
+                "path=SOCKET is needed: the UNIX socket that leads to the guest", "path"
+            )
         if len(os.fsencode(self.path)) > LONGEST_PATH or "\0" in self.path:
-            raise ValueError(
-                f"path has at most {LONGEST_PATH} bytes: those of UNIX sockets are short"
+            raise OptionError(
+                f"path has at most {LONGEST_PATH} bytes: those of UNIX sockets are short", "path"
             )
         if not LOWEST_CID <= self.cid <= HIGHEST_CID:
-            raise ValueError(f"cid is {LOWEST_CID} to {HIGHEST_CID:#x}")
+            raise OptionError(f"cid is {LOWEST_CID} to {HIGHEST_CID:#x}", "cid")
