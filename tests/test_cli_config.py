@@ -14,6 +14,7 @@ from devices.registry import MODELS
 from vmm.cli import build_parser
 from vmm.cli.given import Given
 from vmm.cli.machine_file import read_defaults
+from vmm.cli.options import JAIL_TAKES
 from vmm.config import OF_ANY_FUNCTION
 
 WHOLE = """
@@ -155,3 +156,74 @@ def test_jail_shows_what_each_device_has() -> None:
     status, out, _ = run("jail")
     assert "\nserial has\n" in out.decode()
     assert "  guest memory  none" in out.decode()
+
+
+def test_jail_takes_the_machine_options_of_boot() -> None:
+    jail: argparse.ArgumentParser = build_parser().parse_args(["jail"]).parser
+    of_boot = {action.dest: action for action in boot_parser()._actions}
+    of_jail = {action.dest: action for action in jail._actions if action.dest in JAIL_TAKES}
+    assert set(of_jail) | {"clock"} == set(JAIL_TAKES)
+    for dest, action in of_jail.items():
+        same = of_boot[dest]
+        assert (action.help, action.default) == (same.help, same.default)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "a.img"
+    path.write_bytes(bytes(1024))
+    return path
+
+
+def rights_of(*arguments: str, cwd: Path) -> dict[str, Any]:
+    status, out, err = run("jail", "--json", *arguments, cwd=cwd)
+    assert (status, err) == (0, b"")
+    return {name: each["rights"] for name, each in json.loads(out)["devices"].items()}
+
+
+def test_jail_shows_the_devices_of_a_boot(disk: Path, tmp_path: Path) -> None:
+    cable = f"pair:{tmp_path.name}"
+    devices = ("--disk", f"{disk},readonly", "--disk", "a.img,if=ide,readonly", "--net", cable)
+    found = rights_of("--mem", "2M", *devices, "--device", "rng,dma=granted", cwd=tmp_path)
+    assert {"serial", "echo", "config-space", "rng", "disk", "ide", "net"} == set(found)
+    assert f"path ({disk}, read)" in found["disk"]["descriptors"]
+    assert f"disk0 ({disk}, read)" in found["ide"]["descriptors"]
+    assert any(each.startswith("link (socket:") for each in found["net"]["descriptors"])
+    assert found["disk"]["guest_memory"] == found["net"]["guest_memory"] == 2 << 20
+    assert found["rng"]["guest_memory"] == 0
+    assert not any("preadv" in each for each in found["echo"]["system_calls"])
+    assert any("preadv" in each for each in found["disk"]["system_calls"])
+
+
+def test_jail_takes_a_machine_file(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "machine.toml").write_text(
+        'image = "no such guest"\nserial = "nowhere"\ntimeout = 1\nclock = "virtual"\n'
+        'mem = "2M"\nno-default-devices = true\n[[disk]]\nfile = "a.img"\nname = "root"\n'
+    )
+    config = ("--config", "machine.toml")
+    found = rights_of(*config, "--device", "rng", cwd=tmp_path)
+    assert set(found) == {"root", "rng"}
+    assert found["root"]["guest_memory"] == 2 << 20
+    assert rights_of(*config, "--mem", "4M", cwd=tmp_path)["root"]["guest_memory"] == 4 << 20
+    disk.unlink()
+    status, _, err = run("jail", *config, cwd=tmp_path)
+    assert status == 2
+    assert err.startswith(b"vmm: config machine.toml: line 8: device 'root': file=a.img: No such")
+    assert err.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "rng,slot=32"), "--device rng,slot=32: device 'rng': slot=32 is not from"),
+        (("--disk", "no"), "device 'disk': file=no: No such file"),
+        (("--net", "foo"), "--net foo: device 'net': link is user, pair:NAME or tap:NAME"),
+        (("--mem", "1K"), "guest memory of 1024 bytes: give a multiple"),
+        (("--jail", "strict", "--device", "rng,isolation=none"), "--jail=strict cannot be had"),
+    ],
+)
+def test_what_is_wrong_with_devices_of_jail(arguments: tuple[str, ...], said: str) -> None:
+    status, out, err = run("jail", *arguments)
+    assert (status, out) == (10 if "strict" in arguments else 2, b"")
+    assert err.decode().startswith(f"vmm: {said}")
+    assert err.count(b"\n") == 1

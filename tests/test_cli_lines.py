@@ -36,7 +36,7 @@ READING = [
     ('mem = "1M"\nmemm = "64M"', 2, "no option 'memm'; do you mean 'mem'?"),
     ("snapshot_at = 1", 1, "no option 'snapshot_at'; do you mean 'snapshot-at'"),
     ("config = 'other'", 1, "there is no option 'config'"),
-    ('mem = "1M"\n[run]\nstats = true', 2, "there is no option 'run'; there are image, mem"),
+    ('mem = "1M"\n[run]\nstats = true', 2, "there is no option 'run'; there are image, "),
     ('mem = "1M"\n[net]\nlink = "user"', 2, "there may be several: write [[net]]"),
     ('device.model = "rng"', 1, "there may be several: write [[device]]"),
     # Values of the wrong kind.

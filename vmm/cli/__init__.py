@@ -58,11 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    options.add_boot(commands)
+    boot = options.add_boot(commands)
     options.add_restore(commands)
     options.add_guests(commands)
     options.add_devices(commands)
-    options.add_jail(commands)
+    options.add_jail(commands, boot)
     options.add_demo(commands)
     options.add_bench(commands)
     return parser
@@ -105,8 +105,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         from vmm.cli.machine_file import read_defaults
 
         places = Places()
-        defaults = read_defaults(args.config, args.parser, places)
-        args.parser.set_defaults(places=places, **defaults)
+        found = read_defaults(args.config, args.whole, places)
+        taken = {dest: found[dest] for dest in found if dest in args.takes}
+        args.parser.set_defaults(places=places, **taken)
         args = parser.parse_args(arguments)
         places.drop_overridden(vars(args))
         return int(args.run(args))

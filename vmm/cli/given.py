@@ -144,7 +144,7 @@ class Places:
     def drop_overridden(self, values: Mapping[str, Any]) -> None:
         """Forget the options that the command line gave other values: by name, "_" for "-"."""
         for option, (value, _) in list(self._options.items()):
-            if not isinstance(value, list) and values[option.replace("-", "_")] != value:
+            if not isinstance(value, list) and values.get(option.replace("-", "_")) != value:
                 del self._options[option]
 
     @contextmanager

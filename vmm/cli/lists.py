@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from proxy.jail import Policy
-    from vmm.config import DeviceConfig
+    from vmm.config import DeviceConfig, MachineConfig
 
 
 def guests(args: argparse.Namespace) -> int:
@@ -84,17 +84,21 @@ def _policy(device: DeviceConfig) -> Policy:
 
 def jail(args: argparse.Namespace) -> int:
     """``python -m vmm jail``."""
+    from vmm.cli.given import Places
+    from vmm.cli.shape import machine_config
+
+    places = args.places or Places()
+    with places.named():
+        return _show_jail(args, machine_config(args, places))
+
+
+def _show_jail(args: argparse.Namespace, config: MachineConfig) -> int:
     import msgspec
 
     from proxy.jail import JailMode, JailReport, report_data, report_table, rights_of
     from vmm.cli.output import clean
-    from vmm.config import MachineConfig, default_devices, parse_device
     from vmm.machine import Machine
 
-    devices = [device for device in default_devices() if device.isolated]
-    for text in args.device:
-        devices.append(parse_device(text, [device.name for device in devices]))
-    config = MachineConfig(1 << 20, tuple(devices))
     with Machine(config, jail=JailMode(args.jail)) as machine:
         parts = machine.parts
         reports = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import Any
+
+from vmm.cli.groups import add_jail_mode, add_machine_options, add_run_options
 
 _RAW = argparse.RawDescriptionHelpFormatter
 
@@ -27,34 +28,20 @@ examples:
   python -m vmm boot --config machine.toml
 """
 
-
-LONGEST_DEADLINE = 3600
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        value = float(text)
-        if 0 < value < float("inf"):
-            return value
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above zero")
-
-
-def _deadline(text: str) -> float:
-    value = _seconds(text)
-    if value > LONGEST_DEADLINE:
-        raise argparse.ArgumentTypeError(f"'{text}' is more than {LONGEST_DEADLINE} seconds")
-    return value
-
-
-def _size(text: str) -> str:
-    from devices.errors import UserError
-    from vmm.config import parse_size
-
-    try:
-        parse_size(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+JAIL_DESCRIPTION = """\
+Starts the devices that boot would start with the same options, each in its jail, and prints what
+was enforced, layer by layer, as verified from inside the device's process; then what each device
+has: descriptors, system calls, guest memory, limits, namespaces. No guest runs, but files, sockets
+and networks of this host are opened as for one.
+"""
+JAIL_EXAMPLES = """\
+examples:
+  python -m vmm jail
+  python -m vmm jail --disk root.img --net user --device rng,dma=granted
+  python -m vmm jail --config machine.toml --json
+"""
+JAIL_TAKES = ("mem", "clock", "device", "disk", "net", "no_default_devices", "jail")
+"""Options of a machine file that count there; the others say how a guest runs."""
 
 
 def _integer(text: str) -> int:
@@ -70,8 +57,9 @@ def _name(text: str) -> str:
     return text
 
 
-def add_boot(commands: Any) -> None:
-    parser = commands.add_parser(
+def add_boot(commands: Any) -> argparse.ArgumentParser:
+    """The parser is that of the options which have a place in a machine file."""
+    parser: argparse.ArgumentParser = commands.add_parser(
         "boot", help="boot a guest", epilog=BOOT_EXAMPLES, formatter_class=_RAW
     )
     parser.add_argument("image", nargs="?", help="file or built-in guest (default: 'default')")
@@ -82,13 +70,6 @@ def add_boot(commands: Any) -> None:
         "what stands here wins over it",
     )
     image = parser.add_argument_group("the guest")
-    image.add_argument(
-        "--mem",
-        metavar="SIZE",
-        type=_size,
-        default="128M",
-        help="RAM, for example 64M or 1G (default: 128M)",
-    )
     image.add_argument(
         "--load-addr",
         metavar="ADDR",
@@ -125,40 +106,11 @@ def add_boot(commands: Any) -> None:
         default=[],
         help="a Multiboot module and the text that names it; may be repeated",
     )
-    image.add_argument(
-        "--device",
-        metavar="MODEL[,OPTION=VALUE]...",
-        action="append",
-        default=[],
-        help="one more device; every model takes name=, addr=, irq=, slot=, isolation=jail|none, "
-        "dma=shared|granted",
-    )
-    image.add_argument(
-        "--disk",
-        metavar="FILE[,OPTION=VALUE]...",
-        action="append",
-        default=[],
-        help="a disk, a raw image or block device: if=virtio|ide (default: virtio), readonly, "
-        "serial=TEXT; with virtio also queues=N, direct, name=, slot=, isolation=jail|none, "
-        "dma=shared|granted; may be repeated",
-    )
-    image.add_argument(
-        "--net",
-        metavar="LINK[,OPTION=VALUE]...",
-        action="append",
-        default=[],
-        help="a network card: user (no privileges needed; forward=tcp:8080:80 lets port 8080 of "
-        "this host lead to the guest's 80), pair:NAME (a cable to another machine), tap:NAME, "
-        "none; mac=, name=, slot=, isolation=jail|none, dma=shared|granted; may be repeated "
-        "(default: none)",
-    )
-    image.add_argument(
-        "--no-default-devices",
-        action="store_true",
-        help="only what --device names (and the debug-exit port)",
-    )
-    _add_run_options(parser)
-    parser.set_defaults(run=_boot, parser=parser, places=None)
+    add_machine_options(parser)
+    add_run_options(parser)
+    takes = [action.dest for action in parser._actions]
+    parser.set_defaults(run=_boot, parser=parser, whole=parser, takes=takes, places=None)
+    return parser
 
 
 def add_restore(commands: Any) -> None:
@@ -191,99 +143,8 @@ def add_restore(commands: Any) -> None:
         "the old one: path= of a vsock or 9p, link= and forward= of a network card, log= of a "
         "console; path= of a disk whose file has moved (with --disks original); may be repeated",
     )
-    _add_run_options(parser)
+    add_run_options(parser)
     parser.set_defaults(run=_restore)
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    run = parser.add_argument_group("running")
-    run.add_argument(
-        "--serial",
-        metavar="WHERE",
-        default="stdio",
-        help="the guest's serial port: stdio, file:PATH or none (default: stdio)",
-    )
-    run.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end the run after that")
-    run.add_argument(
-        "--snapshot",
-        metavar="DIR",
-        help="where --snapshot-at and the escape menu write a snapshot (default: vmm-snapshot)",
-    )
-    run.add_argument(
-        "--snapshot-at",
-        metavar="WHEN",
-        type=str,  # in a machine file also a number
-        help="take one snapshot: after SECONDS, at 'end', or when the guest prints this text "
-        "(text:... if it looks like one of the others)",
-    )
-    run.add_argument(
-        "--snapshot-then",
-        choices=("continue", "quit"),
-        default="continue",
-        help="what the run does after --snapshot-at (default: continue)",
-    )
-    run.add_argument(
-        "--snapshot-disks",
-        choices=("copy", "none"),
-        default="copy",
-        help="whether a snapshot has the content of disks that the guest can write, or only says "
-        "which they are (default: copy)",
-    )
-    run.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object at the end, with the guest's output in it, and nothing else",
-    )
-    run.add_argument(
-        "--debug-console",
-        metavar="WHERE",
-        default="none",
-        help="ports 0xe9 and 0x402: stderr, file:PATH or none (default: none)",
-    )
-    run.add_argument("--screen", action="store_true", help="at the end, show the text screen")
-    run.add_argument(
-        "--screen-live",
-        action="store_true",
-        help="draw the text screen on the terminal while it changes; elsewhere, tell what changed",
-    )
-    run.add_argument(
-        "--trace",
-        choices=("unclaimed",),
-        help="at the end, list the ports, addresses and MSRs that nobody answered",
-    )
-    run.add_argument(
-        "--symbols", metavar="FILE", help="names for crash reports: an ELF file or a System.map"
-    )
-    run.add_argument(
-        "--stats", action="store_true", help="at the end, say where time and accesses went"
-    )
-    host = parser.add_argument_group("device processes")
-    host.add_argument(
-        "--jail",
-        choices=("auto", "strict", "off"),
-        default="auto",
-        help="auto: every layer this host permits; strict: all or nothing; off: none, for "
-        "debugging (default: auto)",
-    )
-    host.add_argument(
-        "--on-failure",
-        choices=("stop", "isolate"),
-        default="stop",
-        help="when a device process fails: end the run, or go on without it (default: stop)",
-    )
-    host.add_argument(
-        "--deadline",
-        metavar="SECONDS",
-        type=_deadline,
-        default=5.0,
-        help="how long a device process may take to answer (default: 5, at most 3600)",
-    )
-    host.add_argument(
-        "--lane",
-        choices=("auto", "socket"),
-        default="auto",
-        help="socket: never use shared memory for register accesses (default: auto)",
-    )
 
 
 def add_guests(commands: Any) -> None:
@@ -298,20 +159,25 @@ def add_devices(commands: Any) -> None:
     parser.set_defaults(run=_devices)
 
 
-def add_jail(commands: Any) -> None:
+def add_jail(commands: Any, boot: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "jail",
         help="show what jail each device gets on this host",
-        description="Starts each default device in its jail and prints what was enforced, layer "
-        "by layer, as verified from inside the device's process; then what each device has: "
-        "descriptors, system calls, guest memory, limits, namespaces.",
+        description=JAIL_DESCRIPTION,
+        epilog=JAIL_EXAMPLES,
+        formatter_class=_RAW,
     )
-    parser.add_argument("--jail", choices=("auto", "strict", "off"), default="auto")
     parser.add_argument(
-        "--device", metavar="MODEL[,OPTION=VALUE]...", action="append", default=[], help="also this"
+        "--config",
+        metavar="FILE",
+        help="a TOML file as for boot, of which the machine and its jail count; what stands here "
+        "wins over it",
     )
+    add_jail_mode(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run=_jail)
+    add_machine_options(parser)
+    parser.set_defaults(run=_jail, parser=parser, whole=boot, takes=JAIL_TAKES, places=None)
+    parser.set_defaults(clock="real")
 
 
 def add_demo(commands: Any) -> None:

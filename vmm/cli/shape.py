@@ -1,4 +1,4 @@
-"""What a machine is to be made of, from the options that say it: `vmm.cli.options.add_shape`."""
+"""What a machine is to be made of, from the options of `vmm.cli.groups.add_machine_options`."""
 
 from __future__ import annotations
 
