@@ -33,15 +33,6 @@ class Spans:
         """From (address, length) of each."""
         return cls(array("Q", chain.from_iterable(pairs)))
 
-    def append(self, address: int, length: int) -> None:
-        self.words.append(address)
-        self.words.append(length)
-        self._ends = None
-
-    def extend(self, other: Spans) -> None:
-        self.words += other.words
-        self._ends = None
-
     def __len__(self) -> int:
         return len(self.words) // 2
 

@@ -234,3 +234,14 @@ def test_a_model_that_is_gone_has_no_turn() -> None:
     host.turns.attach(None)
     host.turns.take()
     assert worker.story == []
+
+
+def test_pages_told_in_runs_are_joined_before_they_are_many() -> None:
+    told: list[tuple[int, int]] = []
+    memory = DmaMemory(told.extend)
+    memory.map([(0, memoryview(bytearray(16 * PAGE)))])
+    for _ in range(2000):
+        memory.mark_pages([(0, 1), (2, 3), (1, 2), (9, 10)])
+    assert len(memory._runs) <= 1024
+    memory.flush()
+    assert told == [(0, 3), (9, 1)]

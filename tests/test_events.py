@@ -113,6 +113,70 @@ def test_a_kick_that_was_not_heard_is_repeated() -> None:
     assert len(kicks) == 3
 
 
+def test_each_watch_brings_a_kick(loop: EventLoop, kicked: threading.Event) -> None:
+    for _ in range(3):
+        loop.watch()
+        loop.interrupt()
+        assert kicked.wait(20)
+        loop.poll(0.0)
+        kicked.clear()
+
+
+def test_who_waits_himself_needs_no_kick(loop: EventLoop, kicked: threading.Event) -> None:
+    ran: list[None] = []
+    loop.call_at(monotonic() + 60, lambda: None)
+    loop.watch()
+    loop.poll(0.001)
+    loop.interrupt()
+    loop.call_at(monotonic() + 0.05, lambda: ran.append(None))
+    while not ran:
+        loop.poll(None)
+    assert not kicked.wait(0.1)
+
+
+def test_a_look_is_one_look(loop: EventLoop, kicked: threading.Event) -> None:
+    loop.look_within(0)
+    loop.watch()
+    assert kicked.wait(20)
+    kicked.clear()
+    loop.poll(0.0)
+    loop.watch()
+    assert not kicked.wait(0.1)
+
+
+def test_a_moment_that_was_put_off_brings_no_kick(loop: EventLoop, kicked: threading.Event) -> None:
+    while True:
+        due = monotonic() + 0.1
+        loop.guest_due = lambda due=due: due  # type: ignore[misc]
+        loop.watch()
+        loop.guest_due = lambda: FAR
+        loop.watch()
+        if monotonic() < due:
+            break
+        kicked.wait(20)  # the host is too busy: once more
+        kicked.clear()
+        loop.poll(0.0)
+    assert not kicked.wait(0.2)
+
+
+def test_nothing_stays_open() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    loop = EventLoop(lambda: None)
+    loop.watch()
+    inherited = [fd for fd in set(os.listdir("/proc/self/fd")) - before if is_inherited(int(fd))]
+    loop.close()
+    loop.close()
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not inherited
+
+
+def is_inherited(fd: int) -> bool:
+    try:
+        return os.get_inheritable(fd)
+    except OSError:  # that of the directory
+        return False
+
+
 @pytest.fixture
 def past_1024() -> Iterator[None]:
     """Whatever is opened now has a number that select(2) cannot take."""
@@ -160,3 +224,25 @@ def test_what_is_planned_after_the_end_reaches_nobody() -> None:
     finally:
         for fd in {number, other.fd}:
             os.close(fd)
+
+
+def test_a_timer_is_due_when_it_says_and_not_before() -> None:
+    timer = TimerFd()
+    try:
+        assert not is_due(timer, 0)
+        for when in (-1.0, -FAR, 0.0, monotonic()):
+            timer.set(when)
+            assert is_due(timer, 20)
+            timer.set(FAR)
+            assert not is_due(timer, 0)
+        for later in (0.01, 0.05):
+            when = monotonic() + later
+            timer.set(when)
+            assert is_due(timer, 20)
+            assert monotonic() >= when
+    finally:
+        timer.close()
+
+
+def is_due(timer: TimerFd, within: float) -> bool:
+    return select.select([timer.fd], [], [], within)[0] == [timer.fd]

@@ -163,6 +163,24 @@ def test_writing_to_it(sizes: list[int], parts: list[int], header: bool) -> None
     assert results[0] == results[1]
 
 
+def test_memory_behind_a_gap() -> None:
+    """Where that lies in this process is another matter than for what lies before it."""
+    low, high = bytearray(LOW), bytearray(n % 251 for n in range(LOW))
+    ram = DmaMemory(lambda runs: None)
+    ram.map([(0, memoryview(low)), (HIGH, memoryview(high))])
+    source = long(ram, [(HIGH + 5, 100, 0), (HIGH + PAGE, 7, 0)])
+    target = long(ram, [(HIGH + LOW - 107, 107, F_WRITE)])
+    assert source is not None
+    assert target is not None
+    with tempfile.TemporaryFile() as file:
+        source.pwrite_all(file.fileno(), 0)
+        wanted = os.pread(file.fileno(), 200, 0)
+        assert target.preadv(file.fileno(), 107, 0) == 107
+    assert wanted == high[5:105] + high[PAGE : PAGE + 7]
+    assert high[-107:] == wanted
+    assert low == bytes(LOW)
+
+
 PARTS = st.tuples(st.sampled_from([0, 1, PAGE - 1, HIGH, HIGH + PAGE]), st.integers(1, 3 * PAGE))
 
 

@@ -42,7 +42,7 @@ class TimerFd:
             value[2] = value[3] = 0
         else:
             # Rounded up, so that the moment has come by any clock; 0 would mean never.
-            value[2], value[3] = divmod(max(int(when * _NS), 0) + 1, _NS)
+            value[2], value[3] = divmod(int(max(0.0, when) * _NS) + 1, _NS)
         _settime(self.fd, _ABSOLUTE, self._address, None)
 
     def close(self) -> None:
