@@ -22,14 +22,19 @@ GUEST += bytes.fromhex("fb90ebfe").ljust(IRQ_HANDLER - NMI_HANDLER, b"\x90")  # 
 GUEST += bytes.fromhex("faf4")  # the guest is finished
 
 
+def started(clock: str) -> Machine:
+    machine = Machine(memory="16M", devices=(), clock=clock)
+    machine.boot(GUEST, BootOptions(mode=Mode.REAL, load_addr=0x7C00))
+    for vector, handler in ((2, NMI_HANDLER), (VECTOR, IRQ_HANDLER)):
+        machine.parts.memory.write(4 * vector, struct.pack("<HH", handler, 0))
+    return machine
+
+
 @pytest.mark.parametrize("clock", ["real", "virtual"])
 def test_an_interrupt_is_offered_in_the_handler_of_an_nmi(clock: str) -> None:
     """That enables interrupts and does not return; nothing else happens that ends a slice."""
-    with Machine(memory="16M", devices=(), clock=clock) as machine:
-        machine.boot(GUEST, BootOptions(mode=Mode.REAL, load_addr=0x7C00))
-        memory, chip = machine.parts.memory, machine.parts.board.irqchip
-        for vector, handler in ((2, NMI_HANDLER), (VECTOR, IRQ_HANDLER)):
-            memory.write(4 * vector, struct.pack("<HH", handler, 0))
+    with started(clock) as machine:
+        chip = machine.parts.board.irqchip
 
         def both() -> None:
             chip.set_irq(IRQ, True)
@@ -38,3 +43,13 @@ def test_an_interrupt_is_offered_in_the_handler_of_an_nmi(clock: str) -> None:
         machine.parts.events.call_at(monotonic() + 0.2, both)
         assert machine.run(timeout=10).ending is Ending.HALTED
         assert machine.parts.cpu.get_state().rip == IRQ_HANDLER + 2
+
+
+def test_an_interrupt_between_two_runs_ends_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is offered before the next one anyway."""
+    with started("real") as machine:
+        assert machine.run(steps=30).ending is Ending.PAUSED
+        monkeypatch.setattr(machine.parts.cpu, "kick", lambda: pytest.fail("kicked"))
+        machine.parts.board.irqchip.set_irq(IRQ, True)
+        assert machine.parts.board.irqchip.pending()
+        monkeypatch.undo()

@@ -339,6 +339,18 @@ def test_a_table_that_links_to_itself_is_refused() -> None:
 
 @TAKES
 @pytest.mark.usefixtures("is_long")
+def test_a_table_is_no_longer_than_the_queue(take: Callable[[Table], Chain | None]) -> None:
+    for count in (SIZE, SIZE + 1):
+        table = [(DATA, 1, F_NEXT, n + 1) for n in range(count - 1)] + [(DATA, 1, F_WRITE, 0)]
+        if count == SIZE:
+            assert take(table) is not None
+        else:
+            with pytest.raises(RingError, match="longer than the queue"):
+                take(table)
+
+
+@TAKES
+@pytest.mark.usefixtures("is_long")
 def test_readable_ones_come_first(take: Callable[[Table], Chain | None]) -> None:
     with pytest.raises(RingError, match="follows a writable one"):
         take([(DATA, 1, F_NEXT, 1), (DATA, 1, F_WRITE | F_NEXT, 2), (DATA, 1, 0, 3)])
