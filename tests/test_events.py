@@ -128,6 +128,7 @@ def test_who_waits_himself_needs_no_kick(loop: EventLoop, kicked: threading.Even
     loop.watch()
     loop.poll(0.001)
     loop.interrupt()
+    assert not kicked.wait(0.1)
     loop.call_at(monotonic() + 0.05, lambda: ran.append(None))
     while not ran:
         loop.poll(None)

@@ -26,6 +26,7 @@ from proxy_helpers import open_descriptors
 
 from devices.errors import UserError
 from devices.virtio.link import Forward
+from devices.virtio.net import USER_MTU
 from vmm.events import EventLoop
 from vmm.machine import Machine
 from vmm.network import user
@@ -190,3 +191,8 @@ def test_a_restore_starts_it_again_or_says_that_it_is_gone(
         Machine.restore(saved)
     assert re.match(f"snapshot {saved}: device 'net': link=user: ", str(caught.value))
     assert open_descriptors() == before
+
+
+def test_passt_and_the_driver_agree_on_the_mtu() -> None:
+    arguments = user._arguments(5, [])
+    assert arguments[arguments.index("--mtu") + 1] == str(USER_MTU)

@@ -9,6 +9,8 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from proxy_helpers import SEATS, Only, Probe, Recorder, activate, child_of
@@ -530,3 +532,23 @@ def test_slow_waits_close_a_lane_if_they_come_thick(
     monkeypatch.undo()
     handler.write(0, 8, 7)
     assert handler.read(0, 8) == 7
+
+
+@pytest.mark.parametrize(("each", "opens"), [(1_400_000, True), (1_600_000, False)])
+def test_turns_that_follow_each_other_open_the_lane(
+    each: int, opens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU of its own, for those of up to 1.5 ms."""
+    now, seats = [1 << 40], list[Any]()
+    monkeypatch.setattr(machine_lane, "perf_counter_ns", lambda: now[0])
+    link: Any = SimpleNamespace(failed=None)
+    shared = MachineLane(link, -1, None)
+    monkeypatch.setattr(shared, "open", seats.append)
+    shared.tick_turns()
+    assert not seats, "they follow nothing"
+    now[0] += each * machine_lane.TURNS
+    shared.tick_turns()
+    assert seats == [(Seat.OWN,)] * opens
+    link.failed = "it is gone"
+    shared.tick_turns()
+    assert len(seats) == opens
