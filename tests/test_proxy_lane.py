@@ -534,6 +534,26 @@ def test_slow_waits_close_a_lane_if_they_come_thick(
     assert handler.read(0, 8) == 7
 
 
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+def test_death_and_hanging_are_seen_in_a_turn(
+    warden: Warden, sign: signal.Signals, seat: Seat
+) -> None:
+    events = Recorder()
+    child = warden.spawn("turns", "probe", {}, factory=0)
+    device = ProxyDevice(child, events, placement=Only(seat), deadline=0.2, synced=True)
+    (handler,) = device.handlers()
+    open_lane(device)
+    handler.write(0, 4, 1)
+    device.lane.open()
+    os.kill(device.pid, sign)
+    handler.write(0, 4, 2)
+    assert device.failed is not None
+    assert device.stats().dropped_writes == 1
+    assert len(events.failures) == 1
+    assert not device.lane.is_open
+    device.shutdown()
+
+
 @pytest.mark.parametrize(("each", "opens"), [(1_400_000, True), (1_600_000, False)])
 def test_turns_that_follow_each_other_open_the_lane(
     each: int, opens: bool, monkeypatch: pytest.MonkeyPatch
