@@ -97,6 +97,12 @@ def parse_options(model: type[Device], given: Mapping[str, Any]) -> Any:
         raise UserError(f"device '{model.model}': {error}", *about) from error
 
 
+def switches(model: type[Device]) -> tuple[str, ...]:
+    """The options that are true or false, as they are written."""
+    hints = typing.get_type_hints(model.Options)
+    return tuple(name.replace("_", "-") for name, hint in hints.items() if hint is bool)
+
+
 def _shown(value: Any) -> str:
     """As a user writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,6 +15,7 @@ import guests
 from devices.bus import BusType
 from devices.contract import Device, Region
 from devices.errors import DeviceError, UserError
+from devices.registry import load, switches
 from vmm.boot.options import BootOptions
 from vmm.config import (
     DeviceConfig,
@@ -428,6 +429,18 @@ def test_memory_that_cannot_be(memory: int) -> None:
 def test_devices_that_cannot_be(text: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         parse_device(text, [])
+
+
+def test_what_is_true_or_false_may_stand_alone() -> None:
+    for text in ("9p,path=/a,readonly", "9p,path=/a,readonly=true", "9p,readonly,path=/a"):
+        assert parse_device(text, []).options == {"path": "/a", "readonly": "true"}
+    assert parse_device("ata,disk0=a,readonly0", []).options["readonly0"] == "true"
+    for text in ("9p,path", "blk,path=a,serial", "9p,isolation,path=a"):
+        with pytest.raises(UserError, match="not option=value"):
+            parse_device(text, [])
+    with pytest.raises(UserError, match="given twice"):
+        parse_device("9p,path=a,readonly,readonly", [])
+    assert switches(load("config-space")) == ()
 
 
 def test_general_options_of_devices() -> None:

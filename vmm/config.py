@@ -233,7 +233,8 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     """A device from ``MODEL[,option=value]...``.
 
     ``name=``, ``addr=``, ``irq=``, ``slot=``, ``isolation=jail|none`` and ``dma=shared|granted``
-    mean the same for every model; all else is the model's.
+    mean the same for every model; all else is the model's. One that is true or false is true if
+    it stands alone, without a value.
 
     Args:
         taken: names that are in use; a device without ``name=`` avoids them.
@@ -241,9 +242,12 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     Raises:
         UserError: the text is not of that form, or the model lacks such an option.
     """
+    from devices import registry
+
     where = f"--device {text}"
+    alone = registry.switches(registry.load(text.partition(",")[0]))
     try:
-        model, options = split_options(text)
+        model, options = split_options(text, alone=alone)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return device_from(where, model, options, taken)

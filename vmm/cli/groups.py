@@ -51,7 +51,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="one more device; every model takes name=, addr=, irq=, slot=, isolation=jail|none, "
-        "dma=shared|granted",
+        "dma=shared|granted (see 'devices'; what is true or false may stand without a value)",
     )
     machine.add_argument(
         "--disk",
