@@ -53,3 +53,19 @@ def test_an_interrupt_between_two_runs_ends_none(monkeypatch: pytest.MonkeyPatch
         machine.parts.board.irqchip.set_irq(IRQ, True)
         assert machine.parts.board.irqchip.pending()
         monkeypatch.undo()
+
+
+def test_no_step_is_taken_between_a_resume_and_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time would stand still for it, and what came while the machine was suspended would wait."""
+    with started("real") as machine:
+        parts, paused = machine.parts, []
+        step = parts.cpu.step
+        monkeypatch.setattr(
+            parts.cpu, "step", lambda n: paused.append(parts.clock._offset is None) or step(n)
+        )
+        for when, callback in enumerate((machine.suspend, machine.resume, machine.stop)):
+            parts.events.call_at(monotonic() + 0.05 * (when + 1), callback)
+        assert machine.run(steps=1 << 30).ending is Ending.QUIT
+        assert paused
+        assert not any(paused)
+        monkeypatch.undo()

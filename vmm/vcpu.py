@@ -144,7 +144,7 @@ class VcpuLoop:
         sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             while not self._turn_ends(last, steps):
-                if self.suspended or cpu.halted:
+                if self.attention or cpu.halted:  # also after a wait while suspended
                     continue
                 events.watch()
                 stats.slices += 1
