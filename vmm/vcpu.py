@@ -99,6 +99,8 @@ class VcpuLoop:
         self._waits = False
         self._inside = False
         """The guest runs: whatever comes up now comes from an access of its own."""
+        self._waited = False
+        """Nothing was looked at since a wait, which may have ended by a resume."""
         self._charged = 0.0
         cpu.deliver_by(self._taken)
         cpu.traps.msrs.apic = irqchip.lapic
@@ -144,7 +146,7 @@ class VcpuLoop:
         sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             while not self._turn_ends(last, steps):
-                if self.attention or cpu.halted:  # also after a wait while suspended
+                if self._waited or cpu.halted:
                     continue
                 events.watch()
                 stats.slices += 1
@@ -180,6 +182,7 @@ class VcpuLoop:
     def _turn_ends(self, last: int, steps: int | None) -> bool:
         """All that happens between two slices; True when the run is over."""
         cpu, irqchip = self._cpu, self._irqchip
+        self._waited = False
         if self._events.poll(0.0) or self.attention:
             self.attention = False
             self._charge()
@@ -271,6 +274,6 @@ class VcpuLoop:
     def _wait(self) -> None:
         begin = perf_counter()
         self._events.poll(None)
-        self.attention = True
+        self.attention = self._waited = True
         self.stats.idle += perf_counter() - begin
         self.stats.idle_waits += 1
