@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -51,6 +52,17 @@ def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
             done -= len(left.pop(0))
         if left:
             left[0] = left[0][done:]
+
+
+def must_reach(fd: int, end: int) -> None:
+    """See that a file still has `end` bytes: a write past its end would make it longer.
+
+    Raises:
+        OSError: it has become shorter.
+    """
+    about = os.fstat(fd)
+    if about.st_size < end and stat.S_ISREG(about.st_mode):
+        raise OSError(None, "the file has become shorter")
 
 
 class Vector:

@@ -398,6 +398,10 @@ def test_a_file_that_became_shorter(rig: AtaRig, cable: Cable) -> None:
     cable.control(NIEN)
     cable.control(0)
     assert len(rig.logs) == 1, "each kind of error is told once"
+    cable.give(ata.WRITE, 4, 1)
+    cable.feed(content(0, 1))
+    assert cable.status() & ERR
+    assert os.fstat(rig.fds["disk0"]).st_size == 4 * SECTOR, "what is lost does not become zeros"
 
 
 def test_a_file_that_cannot_be_written(rig: AtaRig, cable: Cable) -> None:

@@ -218,6 +218,29 @@ def test_snapshot_and_go_on(tmp_path: Path) -> None:
     assert again.stdout.endswith(b"counter 20\n")
 
 
+@pytest.mark.parametrize("then", ["continue", "quit"])
+def test_a_snapshot_that_fails(tmp_path: Path, then: str) -> None:
+    """The guest runs on, if it was to; that something is missing is said at the end, too."""
+    image = tmp_path / "counter.bin"
+    image.write_bytes(guests.patched("counter", limit=40, delay=20_000_000))
+    options = ["--snapshot", "s", "--snapshot-at", "counter 20", "--snapshot-then", then]
+    with subprocess.Popen(
+        [*VMM, "boot", str(image), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"counter 1\n"
+        (tmp_path / "s").write_text("in the way")
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert b"exists and is not a snapshot" in errors.splitlines()[-1]
+    assert (b"no snapshot, the guest runs on: " in errors) == (then == "continue")
+    assert output.endswith(b"counter 40\n") == (then == "continue")
+    assert (tmp_path / "s").read_text() == "in the way"
+
+
 def test_snapshot_at_the_end(tmp_path: Path) -> None:
     done = run("boot", "hello", "--snapshot", "s", "--snapshot-at", "end", cwd=tmp_path)
     assert done.returncode == 0

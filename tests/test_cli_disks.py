@@ -170,3 +170,50 @@ def test_readers_share_a_disk(image: Path) -> None:
         assert "is in use by another machine" in refused("--disk", str(image))
         status, _, err = run("boot", "--disk", f"{image},readonly", "--disk", f"{image},readonly")
         assert status == 0, err
+
+
+# Nothing is lost by a start that is refused.
+
+
+def test_a_log_is_kept_until_the_guest_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"of a run before")
+    console = ["--device", f"console,log={log}"]
+    assert run("boot", "hello", *console, "--disk", str(tmp_path / "none"))[0] == 2
+    assert run("jail", *console)[0] == 0
+    assert log.read_bytes() == b"of a run before"
+    assert run("boot", "hello", *console)[0] == 0
+    assert log.read_bytes() == b""
+
+
+@pytest.mark.parametrize("option", ["--serial", "--debug-console"])
+def test_output_does_not_go_to_a_disk(image: Path, option: str) -> None:
+    image.write_bytes(b"data" * SECTOR)
+    status, _, errors = run("boot", "hello", "--disk", str(image), option, f"file:{image}")
+    assert status == 2
+    assert f"{option} file:{image}: device 'disk' has that file, too".encode() in errors
+    assert image.read_bytes() == b"data" * SECTOR
+
+
+def test_a_log_is_no_disk(image: Path) -> None:
+    image.write_bytes(b"data" * SECTOR)
+    words = [["--disk", str(image)], ["--device", f"console,log={image}"]]
+    for first, second in (words, words[::-1]):
+        status, _, errors = run("boot", "hello", *first, *second)
+        assert status == 2
+        assert b"is given twice" in errors
+        assert image.read_bytes() == b"data" * SECTOR
+    consoles = ("--device", "console,name=a,log=x", "--device", "console,name=b,log=x")
+    status, _, errors = run("boot", "hello", *consoles, cwd=image.parent)
+    assert status == 2
+    assert b"is given twice: device 'a' has it, too" in errors
+
+
+def test_a_device_has_words_that_stand_alone() -> None:
+    """What is true or false, as of a disk."""
+    (device,) = given("device", "9p,path=a,readonly")
+    assert device.values == {"model": "9p", "path": "a", "readonly": "true"}
+    with pytest.raises(UserError, match="'path' is not option=value"):
+        given("device", "9p,path")
+    with pytest.raises(UserError, match="'x' is not option=value"):
+        given("device", "nonsense,x")

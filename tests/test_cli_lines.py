@@ -70,6 +70,8 @@ READING = [
 DEVICES = [
     ('[[device]]\nname = "x"', 1, "a device needs a model, for example"),
     ("[[device]]\nmodel = 3", 2, "a device needs a model, for example"),
+    ("[[device]]\nmodel = 3", 2, "; 3 is no text"),
+    ('[[device]]\nname = "x"\nmodle = "rng"', 3, "; it has 'modle'"),
     ('device = ["x"]', 1, "unknown device model 'x'; there are 9p, "),
     ('[[device]]\nmodel = "no.such:Thing"', 2, "cannot be loaded: No module named 'no'"),
     ('device = ["rng",\n"rng,seed"]', 2, "'seed' is not option=value\n"),

@@ -323,6 +323,11 @@ def test_a_file_that_became_shorter(disk: Disk) -> None:
     assert disk.ask(T_IN, 10, b"", SECTOR)[0] == S_IOERR
     assert disk.ask(T_IN, 100, b"", SECTOR)[0] == S_IOERR
     assert disk.rig.logs == ["the disk's file: the file has become shorter"]
+    assert disk.ask(T_OUT, 9, b"x" * SECTOR)[0] == S_OK
+    assert disk.ask(T_OUT, 10, b"x" * SECTOR)[0] == S_IOERR
+    assert disk.ask(T_OUT, 100, b"x" * SECTOR)[0] == S_IOERR
+    assert disk.ask(T_WRITE_ZEROES, 0, struct.pack("<QII", 20, 1, 0))[0] == S_IOERR
+    assert os.fstat(disk.fd).st_size == 10 * SECTOR + 100, "what is lost does not become zeros"
 
 
 def test_a_full_host_loses_nothing_that_was_flushed(

@@ -148,14 +148,39 @@ def test_ports(ports: tuple[Driver, int]) -> None:
 
 
 def test_a_log_is_made_and_begins_empty(tmp_path: Path) -> None:
+    """When the guest begins to run: whoever is refused before that has lost nothing."""
     log = tmp_path / "log"
+    before = b""
     for _ in range(2):
         with Machine(memory="16M", devices=()) as machine:
             machine.add_device("console", log=str(log))
             machine.build()
-            assert log.read_bytes() == b""
             assert machine.parts.host_files.held["console"] == [f"log ({log}, write)"]
-        log.write_bytes(b"of a run before")
+            assert log.read_bytes() == before
+            machine.boot("spin")
+            assert log.read_bytes() == before
+            machine.run(budget=100)
+            assert log.read_bytes() == b""
+            before = b"of a run before"
+            log.write_bytes(before)
+            machine.run(budget=100)
+            assert log.read_bytes() == before, "once"
+
+
+def test_without_a_serial_port_it_has_the_terminal() -> None:
+    for devices, name in (((), "console"), (("serial",), "serial")):
+        with Machine(memory="16M", devices=()) as machine:
+            for device in devices:
+                machine.add_device(device)
+            machine.add_device("console")
+            machine.build()
+            assert machine.parts.console_name == name
+            assert machine.parts.wiring.consoles[name] is machine.console
+            assert (
+                machine.parts.console_device
+                is machine.parts.attachments[-1 if not devices else 0].input()
+            )
+            assert ("console" in machine.parts.wiring.consoles) == (name == "console")
 
 
 def test_nonsense_on_the_control_queue(ports: tuple[Driver, int]) -> None:

@@ -242,15 +242,22 @@ def parse_device(text: str, taken: Iterable[str]) -> DeviceConfig:
     Raises:
         UserError: the text is not of that form, or the model lacks such an option.
     """
-    from devices import registry
-
     where = f"--device {text}"
-    alone = registry.switches(registry.load(text.partition(",")[0]))
     try:
-        model, options = split_options(text, alone=alone)
+        model, options = split_options(text, alone=switches(text))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return device_from(where, model, options, taken)
+
+
+def switches(text: str) -> tuple[str, ...]:
+    """What may stand without a value in ``MODEL[,option=value]...``; nothing, if there is none."""
+    from devices import registry
+
+    try:
+        return registry.switches(registry.load(text.partition(",")[0]))
+    except UserError:
+        return ()
 
 
 def split_options(

@@ -106,6 +106,10 @@ class HostFiles:
         self.held: dict[str, list[str]] = {}
         self._saved = saved
         self._used: list[_Used] = []
+        self._outputs: list[_Used] = []
+        """Files that devices only write: they are no part of a snapshot."""
+        self._fresh: list[int] = []
+        """Descriptors of what is empty when the machine begins to run."""
 
     def open(self, device: DeviceConfig, kind: type[Device]) -> dict[str, int]:
         """The descriptors for a device, by option; the caller owns them.
@@ -157,12 +161,10 @@ class HostFiles:
         self.held.setdefault(device, []).append(f"{option} ({describe(fd, writable)})")
 
     def _open(self, name: str, path: str, file: HostFile, flags: int, where: str) -> int:
-        if file.directory or file.output:
-            fd = open_file(path, file, flags, where)
-            begins = file.output and self._saved is None  # a restored machine goes on with it
-            if begins and stat.S_ISREG(os.fstat(fd).st_mode):
-                os.ftruncate(fd, 0)
-            return fd
+        if file.directory:
+            return open_file(path, file, flags, where)
+        if file.output:
+            return self._open_output(_Used(name, path, -1, True), file, flags, where)
         used = _Used(name, path, -1, flags & os.O_ACCMODE != os.O_RDONLY)
         record = None
         if self._saved is not None:
@@ -185,11 +187,37 @@ class HostFiles:
         self._used.append(used)
         return fd
 
+    def _open_output(self, used: _Used, file: HostFile, flags: int, where: str) -> int:
+        self._refuse_twice(used, where)
+        fd = open_file(used.path, file, flags, where)
+        used.fd = os.dup(fd)
+        self._outputs.append(used)
+        if self._saved is None and stat.S_ISREG(os.fstat(fd).st_mode):
+            self._fresh.append(used.fd)  # a restored machine goes on with it
+        return fd
+
+    def begin(self) -> None:
+        """The machine runs: empty the files that devices only write; harmless when repeated.
+
+        Not when they are opened: a start that is refused must lose nothing.
+        """
+        while self._fresh:
+            os.ftruncate(self._fresh.pop(), 0)
+
+    def user_of(self, path: str) -> Subject | None:
+        """The device and option that has this file of the host."""
+        with contextlib.suppress(OSError, ValueError):
+            about = os.stat(path)
+            for used in (*self._used, *self._outputs):
+                if os.path.samestat(os.fstat(used.fd), about):
+                    return used.subject
+        return None
+
     def _refuse_twice(self, wanted: _Used, where: str) -> None:
         """One file for two devices: say so, instead of blaming another machine for the lock."""
         with contextlib.suppress(OSError, ValueError):
             about = os.stat(wanted.path)
-            for used in self._used:
+            for used in (*self._used, *self._outputs):
                 alone = wanted.writable or used.writable
                 if alone and os.path.samestat(os.fstat(used.fd), about):
                     raise HostFileError(
@@ -252,7 +280,8 @@ class HostFiles:
 
     def close(self) -> None:
         """Release the machine's own descriptors; harmless when repeated."""
-        used, self._used = self._used, []
+        used, self._used, self._outputs = [*self._used, *self._outputs], [], []
+        self._fresh.clear()
         close_all([each.fd for each in used])
 
 

@@ -117,6 +117,7 @@ class Machine(MachineShape):
         """
         parts = self.parts
         vcpu = parts.vcpu
+        parts.host_files.begin()
         self._signal = 0
         watch = timer = None
         if until is not None:

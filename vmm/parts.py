@@ -139,9 +139,10 @@ class Parts:
                 self._attach_links(children.links[device.name])
         plug_in(self.pci, self.attachments)
         self.events.add(self.warden.fileno(), self._warden_spoke)
-        self.console_device = next(
-            (taker for a in self.attachments if a.name == CONSOLE and (taker := a.input())), None
-        )
+        takers = {each.name: taker for each in self.attachments if (taker := each.input())}
+        self.console_name = CONSOLE if CONSOLE in takers else next(iter(takers), CONSOLE)
+        self.console_device = takers.get(self.console_name)
+        self.consoles[self.console_name] = self.console
 
     # Building.
 

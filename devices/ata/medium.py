@@ -53,6 +53,7 @@ class Medium:
 
     def write(self, offset: int, views: Sequence[memoryview]) -> None:
         """Write `views` from byte `offset` on; `sync` makes it lasting."""
+        host_io.must_reach(self._fd, offset + sum(view.nbytes for view in views))
         host_io.write_all(self._fd, views, offset)
 
     def verify(self, sector: int, count: int) -> None:

@@ -209,6 +209,7 @@ class Blk(VirtioDevice):
         if self.options.readonly or not self._fits(sector, length):
             return S_IOERR
         self.spend(length >> _COST)
+        host_io.must_reach(self._fd, sector * SECTOR + length)
         self._dirty = True
         if self._direct is None:
             chain.pwrite_all(self._fd, sector * SECTOR)
@@ -232,6 +233,7 @@ class Blk(VirtioDevice):
         for sector, sectors, _ in segments:
             if sectors > most_sectors or sector + sectors > self.state.capacity:
                 return S_IOERR
+            host_io.must_reach(self._fd, (sector + sectors) * SECTOR)
         self._dirty = True
         for sector, sectors, flags in segments:
             if not sectors:

@@ -72,7 +72,7 @@ class ConsoleState(VirtioState):
 
 class Console(VirtioDevice):
     model: ClassVar[str] = "console"
-    summary: ClassVar[str] = "virtio console: port 0 the terminal, port 1 log=FILE"
+    summary: ClassVar[str] = "virtio console: the terminal if no serial port is, port 1 log=FILE"
     device_type: ClassVar[int] = 3
     class_code: ClassVar[int] = 0x078000  # communication controller, other
     config_size: ClassVar[int] = _CONFIG.size

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from devices.errors import Subject, UserError
-from vmm.config import split_options
+from vmm.config import split_options, switches
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Words:
 
     Attributes:
         first: the key of what comes first.
-        several, alone: see `split_options`.
+        several, alone: see `split_options`; of a device it is up to the model what may stand alone.
     """
 
     first: str
@@ -98,7 +98,8 @@ def read_words(option: str, text: str, place: str = "", line: int = 0) -> Given:
     words = WORDS[option]
     given = Given({}, place or f"--{option} {text}", line)
     try:
-        first, values = split_options(text, words.several, words.alone)
+        alone = switches(text) if option == "device" else words.alone
+        first, values = split_options(text, words.several, alone)
         if words.first in values:
             raise UserError(f"option '{words.first}' is given twice")
     except UserError as error:

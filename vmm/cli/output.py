@@ -15,6 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
+from devices.errors import Subject, UserError
+from vmm.host_files import HostFiles
+
 HIGH = 64 << 10
 """Bytes that wait beyond which the guest should wait too."""
 LOW = 16 << 10
@@ -217,3 +220,23 @@ class Outputs:
             with self._lock:
                 if self._attached:
                     self._wake()
+
+
+def open_output(path: str, option: str, host_files: HostFiles) -> int:
+    """Begin a file that an option says something of the guest's goes to.
+
+    Args:
+        option: its name: it is given as ``--option file:PATH``.
+        host_files: of the machine: a file that one of its devices has is refused.
+
+    Raises:
+        UserError: it cannot be written, or belongs to a device.
+    """
+    where = f"--{option} file:{path}"
+    if owner := host_files.user_of(path):
+        problem = f"device '{owner.device}' has that file, too; give each a file of its own"
+        raise UserError(f"{where}: {problem}", Subject(option), owner)
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}", Subject(option)) from error

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from devices.errors import DeviceError, Subject, UserError, concerning
 from vmm.cli.aids import UnclaimedTrace, read_symbols
 from vmm.cli.files import read_file
-from vmm.cli.output import Outputs, clean, disk_progress
-from vmm.config import CONSOLE, split_options
+from vmm.cli.output import Outputs, clean, disk_progress, open_output
+from vmm.config import split_options
 from vmm.machine import Machine
 from vmm.outcome import Ending, Outcome
 from vmm.pc import DEBUG_CONSOLE
@@ -201,7 +201,8 @@ class Session:
 
     def _resized(self, columns: int, rows: int) -> None:
         with suppress(UserError):  # a serial port has no size
-            self.machine.adjust(CONSOLE, columns=columns, rows=rows)
+            name = self.machine.parts.console_name
+            self.machine.adjust(name, columns=columns, rows=rows)
 
     def _connect_debug_console(self) -> None:
         where = self.args.debug_console
@@ -217,11 +218,7 @@ class Session:
 
     def _open(self, path: str, option: str) -> int:
         """A file to write, closed at the end of the run."""
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            problem = f"--{option} file:{path}: {error.strerror}"
-            raise UserError(problem, Subject(option)) from error
+        fd = open_output(path, option, self.machine.parts.host_files)
         self._opened.append(fd)
         return fd
 
@@ -281,8 +278,11 @@ class Session:
             try:
                 self._take_snapshot()
             except (UserError, DeviceError) as error:
-                self.machine.stop(Outcome(Ending.QUIT, str(error)))
                 self._failed = error
+                if self.plan.quit_after or isinstance(error, DeviceError):
+                    self.machine.stop(Outcome(Ending.QUIT, str(error)))
+                else:
+                    self.say(f"no snapshot, the guest runs on: {error}")
                 return
             if self.plan.quit_after:
                 self.machine.stop(Outcome(Ending.QUIT, f"snapshot written to {self.plan.path}"))

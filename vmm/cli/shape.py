@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 
 from devices.errors import UserError
 from vmm.cli.disks import disks
@@ -46,7 +47,12 @@ def _device(given: Given, taken: list[str]) -> DeviceConfig:
     options = dict(given.values)
     model = options.pop("model", None)
     if not isinstance(model, str):
-        raise given.error('a device needs a model, for example model = "echo"', "model")
+        problem = 'a device needs a model, for example model = "echo"'
+        if model is not None:
+            raise given.error(f"{problem}; {model} is no text", "model")
+        for meant in get_close_matches("model", options, 1):
+            raise given.error(f"{problem}; it has '{meant}'", meant)
+        raise given.error(problem, "model")
     try:
         return device_from(f"device '{model}'", model, options, taken)
     except UserError as error:
