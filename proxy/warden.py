@@ -92,6 +92,9 @@ class Warden:
         UserError: the jail that was asked for cannot be had.
     """
 
+    _closed = True
+    """Also of one that a signal kept from being made, and which is dropped all the same."""
+
     def __init__(
         self,
         factories: Sequence[DeviceFactory] = (),
@@ -101,7 +104,6 @@ class Warden:
         keep_fds: Sequence[int] = (),
         plan: JailPlan | None = None,
     ) -> None:
-        self._closed = True
         self.plan = plan_jail(jail) if plan is None else plan
         self.dead = False
         """The warden's process has ended by itself; so have all its devices."""

@@ -517,3 +517,22 @@ def test_snapshot_in_the_middle(script: list[Op], cut: int) -> None:
 def test_spoiled_states_are_refused() -> None:
     check_spoiled(make)
     bad_state(make, "gate", port61=1)
+
+
+@pytest.mark.parametrize("step", [300, 10_000, 40_000])
+@pytest.mark.parametrize("count", [1, 15, 40])
+def test_a_short_count_that_ends_while_it_is_written_interrupts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, count: int, step: int
+) -> None:
+    """On a host that stops us anywhere. Linux writes 15 or more, and may wait for that alone."""
+
+    def now() -> int:
+        bench.clock.time += step
+        return bench.clock.time
+
+    monkeypatch.setattr(bench.clock, "now", now)
+    bench.write(0x10, CONTROL)  # mode 0, the low byte alone: each write is a whole count
+    for number in range(1, 20):
+        bench.write(count, 0)
+        bench.clock.advance(MS)
+        assert len(bench.host.rises()) == number

@@ -383,3 +383,8 @@ def test_many_devices(warden: Warden) -> None:
         assert proxy.handlers()[0].read(0, 8) == index
         proxy.shutdown()
     assert not events.failures
+
+
+def test_one_that_was_never_made_is_dropped_silently() -> None:
+    """A signal may come before its first line."""
+    Warden.__new__(Warden).__del__()

@@ -96,7 +96,7 @@ class Pit(Device):
         self._catch_up()
         now = self._now()
         self._channel(number, now).write(value, now)
-        self._changed(number)
+        self._changed(number, now)
 
     def write_control(self, value: int) -> None:
         """Port 0x43: a control word, a latch command or a read-back command."""
@@ -109,7 +109,7 @@ class Pit(Device):
         else:
             self._catch_up()
             self._channel(number, now).write_control(value, now)
-            self._changed(number)
+            self._changed(number, now)
 
     def read_port61(self) -> int:
         """Port 0x61: what was written, the refresh toggle and OUT of counter 2."""
@@ -131,7 +131,7 @@ class Pit(Device):
     def restored(self) -> None:
         for channel, state in zip(self._channels, self.state.channels, strict=True):
             channel.state = state
-        self._line = self._level()
+        self._line = self._level(self._now())
         self.host.set_irq(self._line)
         self._reminder.renew(self.state.alarm)
 
@@ -155,8 +155,7 @@ class Pit(Device):
 
     # The interrupt.
 
-    def _level(self) -> bool:
-        now = self._now()
+    def _level(self, now: int) -> bool:
         channel = self._channel(0, now)
         return channel.state.mode != 0 or channel.out(now)
 
@@ -165,10 +164,11 @@ class Pit(Device):
             self._line = level
             self.host.set_irq(level)
 
-    def _changed(self, number: int) -> None:
+    def _changed(self, number: int, now: int) -> None:
+        """It was written at `now`; a count that has ended since rings, too."""
         if number == 0:
-            self._drive(self._level())
-            self._plan()
+            self._drive(self._level(now))
+            self._plan(now)
 
     def _catch_up(self) -> None:
         """Have an interrupt that is overdue before its counter is reprogrammed."""
@@ -180,11 +180,11 @@ class Pit(Device):
         self._drive(False)
         self._drive(True)
         self.state.rang = self._clock.now()
-        self._channel(0, self._now())
-        self._plan()
+        now = self._now()
+        self._channel(0, now)
+        self._plan(now)
 
-    def _plan(self) -> None:
-        after = self._now()
+    def _plan(self, after: int) -> None:
         if self._channels[0].state.mode in (2, 3):
             earliest = self._oscillator.ticks(self.state.rang + MIN_INTERVAL)
             after = max(after, earliest)
